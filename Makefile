@@ -1,0 +1,40 @@
+# make serve   a server on this machine, answering curl, with a first clip saved
+# make test    lint, types and every test
+VARIANT ?= debug
+PORT ?= 8080
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& echo $$python && break; done)
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
+
+.PHONY: serve test lint clean
+
+serve: .venv/serving
+	exec $(BIN)/python -m archive_scripts serve $(VARIANT) --port $(PORT) --open
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/development
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv model-store .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/serving: requirements.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and none was found;" \
+		"install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	@echo "installing requirements.txt into .venv (PyTorch is large; a few minutes the first time)"
+	$(INSTALL) requirements.txt
+	touch $@
+
+.venv/development: requirements-dev.txt .venv/serving
+	@echo "installing requirements-dev.txt into .venv"
+	$(INSTALL) requirements-dev.txt
+	touch $@
