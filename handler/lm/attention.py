@@ -1,0 +1,156 @@
+"""Where keys and values are kept, and who attends to whom: in a prompt, and in a decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from handler.lm.transformer import TransformerConfig
+
+
+class KVCache:
+    """The keys and values of a fixed number of rows and positions, for every layer; claimed once, never grown.
+
+    On a CPU they are float32 whatever the model's dtype: bfloat16 products of single queries are slower there.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, rows: int, positions: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        if device.type == "cpu" or config.attention_as_float32:
+            dtype = torch.float32
+        shape = (config.num_layers, rows, config.num_kv_heads, positions, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.positions = positions
+
+
+CrossKV = list[tuple[Tensor, Tensor]]
+"""For each layer the condition's keys and values, each `[C, H, L, head_dim]`."""
+
+
+class PrefillAttention:
+    """Causal attention within whole rows of equal length, from their first position on.
+
+    Args:
+        config: the transformer's.
+        num_rows, length: R and P + S, the rows and the positions of each; vectors come row after row.
+        cross: keys and values of the first C rows' condition; the other rows' condition is null.
+        null_values: for each layer what attention over a null condition gives, `[H, head_dim]`.
+        cache: where to leave keys and values, if they are needed again.
+        first_row: the cache row of the first row.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        num_rows: int,
+        length: int,
+        device: torch.device,
+        cross: CrossKV | None = None,
+        null_values: Sequence[Tensor] = (),
+        cache: KVCache | None = None,
+        first_row: int = 0,
+    ) -> None:
+        self.config = config
+        self.num_rows, self.length = num_rows, length
+        self.cross, self.null_values = cross, null_values
+        self.cache, self.rows = cache, slice(first_row, first_row + num_rows)
+        self.positions = torch.arange(length, device=device).repeat(num_rows)  # [N]
+        self.mask: Tensor | None = None
+        if config.past_context is not None:
+            position = torch.arange(length, device=device)
+            behind = position[:, None] - position[None, :]
+            self.mask = (behind >= 0) & (behind <= config.past_context)  # [P + S, P + S]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (self.num_rows, self.length)).transpose(1, 2)  # [R, heads, P + S, head_dim]
+
+    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = self._split(q), self._split(k), self._split(v)
+        if self.cache is not None:
+            self.cache.keys[layer, self.rows, :, : self.length] = k
+            self.cache.values[layer, self.rows, :, : self.length] = v
+        if self.config.kv_repeat > 1:
+            k = k.repeat_interleave(self.config.kv_repeat, dim=1)
+            v = v.repeat_interleave(self.config.kv_repeat, dim=1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def cross_attention(self, layer: int, q: Tensor) -> Tensor:
+        out = torch.empty_like(q).copy_(self.null_values[layer])  # [N, H, head_dim]
+        if self.cross is not None:
+            k, v = self.cross[layer]
+            attended = F.scaled_dot_product_attention(self._split(q)[: len(k)], k, v)
+            out[: len(k) * self.length] = attended.transpose(1, 2).flatten(0, 1)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of one request that stand at the same position, and so share one attention product.
+
+    Attributes:
+        vectors: their places among the step's vectors.
+        rows: their places in the cache.
+        position: of the vector now read; keys and values up to and with it are attended to.
+    """
+
+    vectors: slice
+    rows: slice
+    position: int
+
+
+class StepAttention:
+    """One vector a row: each attends to its own row's past, which ends where the row ends.
+
+    Each span is a product of its own, so its bits depend on nothing beside it (`scaled_dot_product_attention` over
+    all rows would make them depend on the number of rows), and nobody reads beyond its own length.
+
+    Args:
+        spans: the rows of this step, in the order of its vectors.
+        positions: int64 `[N]`.
+        cache_rows: int64 `[N]`, the cache row of each vector.
+        crosses: for each request with a condition, the places of its first C vectors and their keys and values.
+        null_values: for each layer what attention over a null condition gives, `[H, head_dim]`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        cache: KVCache,
+        spans: Sequence[Span],
+        positions: Tensor,
+        cache_rows: Tensor,
+        crosses: Sequence[tuple[slice, CrossKV]],
+        null_values: Sequence[Tensor],
+    ) -> None:
+        self.config, self.cache, self.spans = config, cache, spans
+        self.positions, self.cache_rows = positions, cache_rows
+        self.crosses, self.null_values = crosses, null_values
+
+    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]  # [rows, H_kv, positions, head_dim]
+        keys[self.cache_rows, :, self.positions] = k.to(keys.dtype)
+        values[self.cache_rows, :, self.positions] = v.to(values.dtype)
+        out = torch.empty_like(q, dtype=keys.dtype)  # [N, H, head_dim]
+        q = q.to(keys.dtype) * self.config.head_dim**-0.5
+        q = q.unflatten(1, (self.config.num_kv_heads, self.config.kv_repeat))  # [N, H_kv, repeat, head_dim]
+        past = self.config.past_context
+        for span in self.spans:
+            seen = slice(0 if past is None else max(0, span.position - past), span.position + 1)
+            weights = (q[span.vectors] @ keys[span.rows, :, seen].mT).softmax(dim=-1)  # [R, H_kv, repeat, L]
+            out[span.vectors] = (weights @ values[span.rows, :, seen]).flatten(1, 2)
+        return out
+
+    def cross_attention(self, layer: int, q: Tensor) -> Tensor:
+        out = torch.empty_like(q).copy_(self.null_values[layer])  # [N, H, head_dim]
+        q = (q * self.config.head_dim**-0.5).unsqueeze(2)  # [N, H, 1, head_dim]
+        for vectors, cross in self.crosses:
+            k, v = cross[layer]
+            out[vectors] = ((q[vectors] @ k.mT).softmax(dim=-1) @ v).squeeze(2)
+        return out

@@ -1,0 +1,243 @@
+"""The decoder: a fixed set of rows in which requests are prefilled, stepped together, and leave.
+
+One request holds one row without guidance, two with it, three with double guidance. Each decode step runs every
+active row once; requests join and leave between steps. Nothing a request yields depends on who else is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from handler.lm.attention import CrossKV, KVCache, Span, StepAttention
+from handler.lm.conditions import FusedConditions
+from handler.lm.model import LanguageModel
+from handler.lm.sampling import Sampling, draw, guide, keep_top_k, keep_top_p
+
+UNKNOWN = -1
+"""Stands in a sequence where a code is still to be generated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """How the logits of a request's rows are combined; `beta` is for the three rows of double guidance."""
+
+    coef: float = 1.0
+    beta: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One stretch of one request: what is known of its sequence, and how to fill the rest.
+
+    Attributes:
+        sequence: int64 `[K, S]`, laid out by the pattern: special tokens, known codes, and `UNKNOWN`.
+        start: the first step to sample, at least 1.
+        conditions: of its rows, in the order conditional, wav only (double guidance), null; in one group, or in two
+            where the null row has a prefix of another length.
+        guidance, sampling: what makes a token of the rows' logits.
+        draws: uniform numbers float32 `[S - start, K]`, one for each token.
+    """
+
+    sequence: Tensor
+    start: int
+    conditions: Sequence[FusedConditions]
+    guidance: Guidance
+    sampling: Sampling
+    draws: Tensor
+
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.conditions)
+
+    @property
+    def positions(self) -> int:
+        """The cache positions it needs; the last token is never read back."""
+        return max(group.prefix.shape[1] for group in self.conditions) + self.sequence.shape[1] - 1
+
+
+@dataclass(slots=True)
+class Slot:
+    """A window under way.
+
+    Attributes:
+        index: its place in the per-request tensors.
+        rows: its rows of the cache.
+        window: what it generates.
+        crosses: for each group of rows the condition's keys and values.
+        step: the newest step that holds a token.
+    """
+
+    index: int
+    rows: range
+    window: Window
+    crosses: list[CrossKV | None]
+    step: int
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.window.sequence.shape[1] - 1
+
+
+class Decoder:
+    """Runs windows together, exactly as each would run alone.
+
+    Args:
+        lm: the language model.
+        requests, rows: how many windows, and rows of all of them, can be under way at once.
+        positions: the longest row, prefix included.
+        steps: the longest sequence.
+    """
+
+    def __init__(self, lm: LanguageModel, requests: int, rows: int, positions: int, steps: int) -> None:
+        self.lm = lm
+        device = lm.device
+        self.cache = KVCache(lm.config, rows, positions, device, lm.dtype)
+        self.sequences = torch.empty(requests, lm.num_codebooks, steps, dtype=torch.long, device=device)
+        self.draws = torch.empty(requests, steps, lm.num_codebooks, device=device)
+        self.slots: list[Slot] = []
+        self._null_values = lm.null_values()
+        self._free_rows = [True] * rows
+
+    def join(self, window: Window) -> Slot:
+        """Prefills a window and samples its first token.
+
+        Raises:
+            MemoryError: when no place is left for it.
+        """
+        slot = Slot(self._free_index(), self._claim(window.rows), window, [], window.start - 1)
+        steps = window.sequence.shape[1]
+        self.sequences[slot.index, :, :steps] = window.sequence
+        self.draws[slot.index, window.start : steps] = window.draws
+        prompt = self.sequences[slot.index : slot.index + 1, :, : window.start]  # [1, K, start]
+        row, logits = slot.rows.start, []
+        for group in window.conditions:
+            cross = self.lm.cross_keys_values(group)
+            slot.crosses.append(cross)
+            out = self.lm(prompt, group, cross, self.cache, row)  # [R, start, dim]
+            logits.append(self.lm.logits(out[:, -1]))  # [R, K, card]
+            row += group.rows
+        self.slots.append(slot)
+        self._sample([slot], torch.cat(logits))
+        return slot
+
+    def step(self) -> None:
+        """Generates one more token of every codebook of every window that is not done."""
+        active = [slot for slot in self.slots if not slot.done]
+        if not active:
+            return
+        spans: list[Span] = []
+        crosses: list[tuple[slice, CrossKV]] = []
+        positions: list[int] = []
+        additives: list[Tensor | None] = []
+        row_of_vector: list[int] = []
+        for slot in active:
+            row = slot.rows.start
+            for group, cross in zip(slot.window.conditions, slot.crosses, strict=True):
+                first, position = len(positions), group.prefix.shape[1] + slot.step
+                vectors = slice(first, first + group.rows)
+                spans.append(Span(vectors, slice(row, row + group.rows), position))
+                if cross is not None:
+                    crosses.append((slice(first, first + len(cross[0][0])), cross))
+                positions += [position] * group.rows
+                row_of_vector += range(row, row + group.rows)
+                additives.append(None if group.additive is None else group.additive[:, slot.step])
+                row += group.rows
+        device = self.lm.device
+        index = torch.tensor([slot.index for slot in active for _ in slot.rows], device=device)  # [N]
+        step = torch.tensor([slot.step for slot in active for _ in slot.rows], device=device)  # [N]
+        attention = StepAttention(
+            self.lm.config,
+            self.cache,
+            spans,
+            torch.tensor(positions, device=device),
+            torch.tensor(row_of_vector, device=device),
+            crosses,
+            self._null_values,
+        )
+        tokens = self.sequences[index, :, step]  # [N, K]
+        self._sample(active, self.lm.step(tokens, _stacked(additives), attention))
+
+    def leave(self, slot: Slot) -> Tensor:
+        """Frees a window's rows and gives its sequence, int64 `[K, S]`."""
+        self.slots.remove(slot)
+        for row in slot.rows:
+            self._free_rows[row] = True
+        return self.sequences[slot.index, :, : slot.window.sequence.shape[1]].clone()
+
+    def _sample(self, slots: Sequence[Slot], logits: Tensor) -> None:
+        """Writes the next token of each slot, from the logits `[N, K, card]` of all their rows in order."""
+        device = self.lm.device
+        conditional, wav_only, null, row = [], [], [], 0
+        for slot in slots:
+            conditional.append(row)
+            wav_only.append(row + 1 if slot.window.rows == 3 else row)
+            null.append(row + slot.window.rows - 1)
+            row += slot.window.rows
+        coef = torch.tensor([[[float(slot.window.guidance.coef)]] for slot in slots], device=device)  # [B, 1, 1]
+        beta = torch.tensor([[[float(slot.window.guidance.beta)]] for slot in slots], device=device)  # [B, 1, 1]
+        guided = guide(logits[conditional], logits[wav_only], logits[null], coef, beta)  # [B, K, card]
+        index = torch.tensor([slot.index for slot in slots], device=device)  # [B]
+        step = torch.tensor([slot.step + 1 for slot in slots], device=device)  # [B]
+        samplings = [slot.window.sampling for slot in slots]
+        tokens = sample(guided, samplings, self.draws[index, step])  # [B, K]
+        known = self.sequences[index, :, step]  # [B, K]
+        self.sequences[index, :, step] = torch.where(known == UNKNOWN, tokens, known)
+        for slot in slots:
+            slot.step += 1
+
+    def _free_index(self) -> int:
+        used = {slot.index for slot in self.slots}
+        free = next((i for i in range(len(self.sequences)) if i not in used), None)
+        if free is None:
+            raise MemoryError(f"all {len(self.sequences)} places for requests are taken")
+        return free
+
+    def _claim(self, rows: int) -> range:
+        for first in range(len(self._free_rows) - rows + 1):
+            claimed = range(first, first + rows)
+            if all(self._free_rows[row] for row in claimed):
+                for row in claimed:
+                    self._free_rows[row] = False
+                return claimed
+        raise MemoryError(f"no {rows} rows side by side are free")
+
+
+def sample(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Tensor:
+    """Draws one token for each request and codebook, each by its own settings.
+
+    Args:
+        logits: guided logits, float32 `[B, K, card]`.
+        samplings: B settings.
+        uniform: `[B, K]` in [0, 1).
+
+    Returns:
+        int64 `[B, K]`.
+    """
+    likeliest = logits.argmax(dim=-1)  # [B, K]
+    if all(sampling.greedy for sampling in samplings):
+        return likeliest
+    device, card = logits.device, logits.shape[-1]
+    greedy = torch.tensor([sampling.greedy for sampling in samplings], device=device)  # [B]
+    temperature = torch.tensor([1.0 if s.greedy else float(s.temperature) for s in samplings], device=device)  # [B]
+    weights = (logits / temperature[:, None, None]).softmax(dim=-1)  # [B, K, card]
+    keep = torch.ones_like(weights, dtype=torch.bool)
+    top_k = [min(s.top_k, card) if s.top_k > 0 and s.top_p <= 0.0 else card for s in samplings]
+    if min(top_k) < card:
+        largest_k = max(k for k in top_k if k < card)
+        limited = torch.tensor([k < card for k in top_k], device=device)[:, None, None]
+        k = torch.tensor([min(k, largest_k) for k in top_k], device=device)
+        keep &= ~limited | keep_top_k(weights, k, largest_k)
+    if any(s.top_p > 0.0 for s in samplings):
+        limited = torch.tensor([s.top_p > 0.0 for s in samplings], device=device)[:, None, None]
+        keep &= ~limited | keep_top_p(weights, torch.tensor([float(s.top_p) for s in samplings], device=device))
+    return torch.where(greedy[:, None], likeliest, draw(weights * keep, uniform))
+
+
+def _stacked(additives: Sequence[Tensor | None]) -> Tensor | None:
+    """One `[N, dim]` of the groups' additive conditions; a model has them for all its requests or for none."""
+    present = [additive for additive in additives if additive is not None]
+    return torch.cat(present) if present else None

@@ -1,0 +1,169 @@
+"""The language model: codes in, logits of the next codes out, under conditions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from handler.lm.attention import CrossKV, KVCache, PrefillAttention
+from handler.lm.conditions import FusedConditions
+from handler.lm.linear import Linear
+from handler.lm.patterns import PatternProvider
+from handler.lm.transformer import (
+    Attention,
+    CrossAttention,
+    Projection,
+    SelfAttention,
+    Transformer,
+    TransformerConfig,
+)
+
+
+class LanguageModel(nn.Module):
+    """A transformer over several streams of codes (MusicGen paper, section 2).
+
+    Built on the meta device, it takes its parameters by `load_state_dict(assign=True)` under the names of the
+    checkpoint; `finalize` then lays them out for a device, after which the model can run and is never changed again.
+
+    Args:
+        config: the transformer's.
+        num_codebooks: K (`n_q`).
+        card: codes of one codebook; the special token is `card` itself.
+        bias_proj: whether the output projections have a bias.
+        pattern_provider: the layout of the codes.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        num_codebooks: int,
+        card: int,
+        bias_proj: bool,
+        pattern_provider: PatternProvider,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_codebooks = num_codebooks
+        self.card = card
+        self.pattern_provider = pattern_provider
+        self.emb = nn.ModuleList(nn.Embedding(card + 1, config.dim) for _ in range(num_codebooks))
+        self.transformer = Transformer(config)
+        self.out_norm = nn.LayerNorm(config.dim, eps=1e-5) if config.norm_first else None
+        self.linears = nn.ModuleList(_Head(config.dim, card, bias_proj) for _ in range(num_codebooks))
+        self.device: torch.device
+        self.dtype: torch.dtype
+        self._embeddings: Tensor
+        self._first_embedding: Tensor
+        self._heads: Linear
+
+    @property
+    def special_token(self) -> int:
+        """Stands where the pattern holds no code."""
+        return self.card
+
+    def finalize(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Lays the parameters out for `device`, computed in `dtype`; rotary frequencies stay float32.
+
+        Each parameter is converted, then dropped, before the next: the peak is the model and one parameter more.
+        """
+        self.device, self.dtype = device, dtype
+        for module in self.modules():
+            if isinstance(module, SelfAttention | CrossAttention):
+                module.finalize(device, dtype)
+        for layer in self.transformer.layers:
+            for projection in layer.children():
+                if isinstance(projection, Projection):
+                    projection.finalize(device, dtype)
+        heads = [head for head in self.linears if isinstance(head, _Head)]
+        weight = torch.cat([head.weight.detach() for head in heads])  # [K * card, dim]
+        biases = [head.bias.detach() for head in heads if head.bias is not None]
+        self._heads = Linear(weight, torch.cat(biases) if biases else None, device, dtype)
+        tables = [e.weight.detach().to(device, dtype) for e in self.emb if isinstance(e, nn.Embedding)]
+        self._embeddings = torch.cat(tables)  # [K * (card + 1), dim]
+        self._first_embedding = torch.arange(self.num_codebooks, device=device) * (self.card + 1)  # [K]
+        del self.linears, self.emb
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(device, dtype)
+            parameter.requires_grad_(False)
+        if self.transformer.rope is not None:
+            self.transformer.rope.to(device, torch.float32)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens `[N, K]` -> the sum of their embeddings `[N, dim]`, the special token's included."""
+        return F.embedding(tokens + self._first_embedding, self._embeddings).sum(dim=1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The transformer's output `[N, dim]` -> logits float32 `[N, K, card]`."""
+        if self.out_norm is not None:
+            x = self.out_norm(x)
+        return self._heads(x).float().unflatten(-1, (self.num_codebooks, self.card))
+
+    def cross_keys_values(self, conditions: FusedConditions) -> CrossKV | None:
+        """For each layer the keys and values of the condition, computed once for a request."""
+        if conditions.cross is None:
+            return None
+        source = conditions.cross.to(self.device, self.dtype)
+        return [layer.keys_values(source) for layer in self._cross_attentions()]
+
+    def null_values(self) -> list[Tensor]:
+        """For each layer what cross-attention gives for a null condition, `[H, head_dim]`."""
+        return [layer.null_value for layer in self._cross_attentions()]
+
+    def forward(
+        self,
+        sequence: Tensor,
+        conditions: FusedConditions,
+        cross: CrossKV | None = None,
+        cache: KVCache | None = None,
+        first_row: int = 0,
+    ) -> Tensor:
+        """Runs whole sequences, each vector seeing those before it.
+
+        Args:
+            sequence: int64 `[1 or R, K, S]`, the codes in their pattern; one sequence serves all R rows.
+            conditions: of R rows.
+            cross: `cross_keys_values(conditions)`, where already computed.
+            cache, first_row: where to leave keys and values for decode steps.
+
+        Returns:
+            The transformer's output at the S steps, `[R, S, dim]`; `logits` makes logits of it.
+        """
+        rows, steps = conditions.rows, sequence.shape[-1]
+        tokens = sequence.expand(rows, -1, -1).transpose(1, 2).flatten(0, 1)  # [R * S, K]
+        x = self.embed(tokens).unflatten(0, (rows, steps))  # [R, S, dim]
+        if conditions.additive is not None:
+            x = x + conditions.additive[:, :steps].to(x)
+        x = torch.cat([conditions.prefix.to(x), x], dim=1)  # [R, P + S, dim]
+        length = x.shape[1]
+        attention = PrefillAttention(
+            self.config,
+            rows,
+            length,
+            self.device,
+            cross=self.cross_keys_values(conditions) if cross is None else cross,
+            null_values=self.null_values(),
+            cache=cache,
+            first_row=first_row,
+        )
+        return self.transformer(x.flatten(0, 1), attention).unflatten(0, (rows, length))[:, -steps:]
+
+    def step(self, tokens: Tensor, additive: Tensor | None, attention: Attention) -> Tensor:
+        """One decode step: tokens `[N, K]` of N rows -> logits `[N, K, card]` of what follows."""
+        x = self.embed(tokens)  # [N, dim]
+        if additive is not None:
+            x = x + additive
+        return self.logits(self.transformer(x, attention))
+
+    def _cross_attentions(self) -> list[CrossAttention]:
+        layers = [layer.cross_attention for layer in self.transformer.layers]
+        return [layer for layer in layers if isinstance(layer, CrossAttention)]
+
+
+class _Head(nn.Module):
+    """The parameters of one codebook's output projection, until all are joined into one product."""
+
+    def __init__(self, dim: int, card: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(card, dim))
+        self.bias = nn.Parameter(torch.empty(card)) if bias else None
