@@ -1,0 +1,450 @@
+"""MusicGen: a loaded model and its offline API, with the names of audiocraft."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from handler.audio import convert_audio
+from handler.builders import build_compression_model, build_conditioners, build_fuser, build_language_model
+from handler.checkpoint import COMPRESSION_FILE, LM_FILE, Pointer, read_checkpoint
+from handler.compression import CompressionModel
+from handler.conditioners.base import WavInput
+from handler.conditioners.fuser import Fuser
+from handler.conditioners.provider import ConditioningProvider, rows_of
+from handler.errors import CheckpointError, RequestError
+from handler.generation import Generation
+from handler.lm.conditions import FusedConditions
+from handler.lm.decoder import Decoder, Guidance, Slot
+from handler.lm.model import LanguageModel
+from handler.params import Clip, GenerationParams
+from handler.registry import find_auxiliary, resolve
+
+Callback = Callable[[int, int], None]
+"""Called with the decode steps done and those to do; may raise to stop."""
+
+_MUSICGEN_STRIDE = 18.0  # seconds; audiocraft's default of extend_stride
+_AUDIOGEN_STRIDE = 2.0
+_SHORT_MODEL_STRIDE = 0.6  # of max_duration, for models too short for the default
+
+
+class MusicGen:
+    """A loaded model. `get_pretrained` makes one.
+
+    Every clip is what audiocraft would generate for it in a batch of one, however many are generated together.
+
+    Args:
+        compression_model, lm, conditioning, fuser: the parts.
+        max_duration: seconds of one window (`dataset.segment_duration`).
+        default_stride: seconds between windows where a request names none and the model is long enough.
+    """
+
+    def __init__(
+        self,
+        compression_model: CompressionModel,
+        lm: LanguageModel,
+        conditioning: ConditioningProvider,
+        fuser: Fuser,
+        max_duration: float,
+        default_stride: float = _MUSICGEN_STRIDE,
+    ) -> None:
+        self.compression_model = compression_model
+        self.lm = lm
+        self.conditioning = conditioning
+        self.fuser = fuser
+        self.generation_params = GenerationParams()
+        self._longest = max_duration
+        self._max_duration = max_duration
+        self._default_stride = default_stride
+        self._progress_callback: Callback | None = None
+
+    @classmethod
+    def get_pretrained(
+        cls,
+        name: str | Path = "small",
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        hub_dir: str | Path | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> MusicGen:
+        """Loads a model.
+
+        Args:
+            name: a registry name (`small`), a hub id (`facebook/musicgen-small`), a folder with `state_dict.bin` and
+                `compression_state_dict.bin`, or the language model's file, the other beside it.
+            device: where to run; None is cuda where there is one, else cpu.
+            dtype: of the language model; None is float16 on a GPU and float32 on a CPU.
+            hub_dir: folder of auxiliary models (`t5-base`, …); None is `hub` in the checkpoint folder, then the hub.
+            revision, token: for downloads from the hub.
+
+        Raises:
+            CheckpointError: if anything is missing or does not fit; the message says what to do.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = _dtype(dtype, device)
+        lm_file = Path(name)
+        if not lm_file.is_file():
+            lm_file = resolve(str(name), revision=revision, token=token) / LM_FILE
+        folder = lm_file.parent
+
+        def find(auxiliary: str) -> Path:
+            return find_auxiliary(auxiliary, folder, hub_dir=None if hub_dir is None else Path(hub_dir))
+
+        checkpoint = read_checkpoint(lm_file)
+        if isinstance(checkpoint, Pointer):
+            raise CheckpointError(f"{lm_file} is a compression model's pointer, not a language model.")
+        config = checkpoint.config
+        compression = build_compression_model(folder / COMPRESSION_FILE, config, find).to(device)
+        lm = build_language_model(checkpoint)
+        if (lm.num_codebooks, lm.card) != (compression.num_codebooks, compression.cardinality):
+            raise CheckpointError(
+                f"{lm_file} speaks {lm.num_codebooks} codebooks of {lm.card} codes, but {folder / COMPRESSION_FILE} "
+                f"has {compression.num_codebooks} of {compression.cardinality}: they belong to different models."
+            )
+        conditioning = build_conditioners(checkpoint, find).to(device)
+        lm.finalize(device, dtype)
+        max_duration = float(config.section("dataset").get("segment_duration", 30.0))
+        stride = _AUDIOGEN_STRIDE if "audiogen" in str(config.get("solver")) else _MUSICGEN_STRIDE
+        return cls(compression, lm, conditioning, build_fuser(config), max_duration, stride)
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the generated audio, in Hz."""
+        return self.compression_model.sample_rate
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames of codes a second."""
+        return self.compression_model.frame_rate
+
+    @property
+    def audio_channels(self) -> int:
+        """1 or 2."""
+        return self.compression_model.channels
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm.dtype
+
+    @property
+    def conditioners(self) -> tuple[str, ...]:
+        """Their names, such as `("description", "self_wav")`."""
+        return tuple(self.conditioning.conditioners)
+
+    @property
+    def max_duration(self) -> float:
+        """Seconds of one window; longer music is made of several. May be lowered."""
+        return self._max_duration
+
+    @max_duration.setter
+    def max_duration(self, seconds: float) -> None:
+        if not 0 < seconds <= self._longest:
+            raise ValueError(f"max_duration must be above 0 and at most the model's {self._longest} s, not {seconds}")
+        self._max_duration = seconds
+
+    def set_generation_params(self, **params: Any) -> None:
+        """Sets how the next calls generate; what is not given takes its default. See `GenerationParams`.
+
+        Raises:
+            TypeError: for a name it does not have.
+            RequestError: for a value out of bounds.
+        """
+        style = ("eval_q", "excerpt_length", "ds_factor", "encodec_n_q")
+        kept = {field: getattr(self.generation_params, field) for field in style}
+        self.generation_params = GenerationParams(**{**kept, **params})
+
+    def set_custom_progress_callback(self, callback: Callback | None) -> None:
+        """Sets what is called after each decode step, with the steps done and those to do."""
+        self._progress_callback = callback
+
+    def generate(
+        self, descriptions: Sequence[str | None], progress: bool = False, return_tokens: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Music for each description.
+
+        Args:
+            descriptions: B texts; None or "" is none.
+            progress: show a progress bar.
+            return_tokens: return the codes too.
+
+        Returns:
+            float32 `[B, C, T]` at `sample_rate`, T = int(duration * frame_rate) * hop; with `return_tokens` also the
+            codes, int64 `[B, K, frames]`.
+        """
+        return self._generate([Clip(text) for text in descriptions], progress, return_tokens)
+
+    def generate_unconditional(
+        self, num_samples: int, progress: bool = False, return_tokens: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Music from nothing. With a seed set, sample i takes seed + i, or all would be the same.
+
+        Returns:
+            As `generate`.
+        """
+        return self._generate([Clip()] * num_samples, progress, return_tokens, seed_step=1)
+
+    def generate_with_chroma(
+        self,
+        descriptions: Sequence[str | None],
+        melody_wavs: Tensor | Sequence[Tensor | None],
+        melody_sample_rate: int,
+        progress: bool = False,
+        return_tokens: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Music that follows melodies (melody models), or takes the style of excerpts (style models).
+
+        Args:
+            descriptions: B texts; None or "" is none.
+            melody_wavs: B tensors `[C, T]`, or None for no melody; or one tensor `[B, C, T]` or `[C, T]`.
+            melody_sample_rate: their rate in Hz.
+            progress, return_tokens: as `generate`.
+
+        Returns:
+            As `generate`.
+
+        Raises:
+            RequestError: if this model takes no melody.
+        """
+        if isinstance(melody_wavs, Tensor) and melody_wavs.dim() == 2:
+            melody_wavs = [melody_wavs]
+        if len(melody_wavs) != len(descriptions):
+            raise RequestError("melody", f"there are {len(melody_wavs)} for {len(descriptions)} descriptions")
+        clips = [
+            Clip(text, melody=melody, melody_sample_rate=melody_sample_rate)
+            for text, melody in zip(descriptions, melody_wavs, strict=True)
+        ]
+        return self._generate(clips, progress, return_tokens)
+
+    def generate_continuation(
+        self,
+        prompt: Tensor,
+        prompt_sample_rate: int,
+        descriptions: Sequence[str | None] | None = None,
+        progress: bool = False,
+        return_tokens: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Music that continues audio.
+
+        Args:
+            prompt: float32 `[B, C, T]` or `[C, T]`.
+            prompt_sample_rate: its rate in Hz.
+            descriptions: B texts, or None for none.
+            progress, return_tokens: as `generate`.
+
+        Returns:
+            As `generate`; the audio begins with the prompt, as the compression model renders it.
+
+        Raises:
+            RequestError: if the prompt is not shorter than the duration asked for.
+        """
+        if prompt.dim() == 2:
+            prompt = prompt[None]
+        if prompt.dim() != 3:
+            raise RequestError("continuation", f"must be [batch, channels, time], not of shape {list(prompt.shape)}")
+        texts = [None] * len(prompt) if descriptions is None else list(descriptions)
+        if len(texts) != len(prompt):
+            raise RequestError("continuation", f"there are {len(prompt)} for {len(texts)} descriptions")
+        clips = [
+            Clip(text, continuation=wav, continuation_sample_rate=prompt_sample_rate)
+            for text, wav in zip(texts, prompt, strict=True)
+        ]
+        return self._generate(clips, progress, return_tokens)
+
+    @torch.inference_mode()
+    def generate_clip(
+        self, clip: Clip, params: GenerationParams, callback: Callback | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One clip; what the server runs.
+
+        Args:
+            clip: its inputs.
+            params: how to generate; the seed must be there.
+            callback: called after each decode step; may raise to stop.
+
+        Returns:
+            float32 `[C, T]` and its codes, int64 `[K, frames]`.
+
+        Raises:
+            RequestError: if the clip makes no sense for this model.
+        """
+        [codes] = self._run([self.start(clip, params)], callback)
+        return self._decode(codes), codes
+
+    def start(self, clip: Clip, params: GenerationParams) -> Generation:
+        """Encodes a clip's conditions and prompt, ready for a decoder.
+
+        Raises:
+            RequestError: if the clip makes no sense for this model, or the seed is missing.
+        """
+        if params.seed is None:
+            raise RequestError("seed", "is missing")
+        if clip.melody is not None and "self_wav" not in self.conditioners:
+            raise RequestError("melody", "this model takes no melody; use a melody or style model")
+        num_frames = int(params.duration * self.frame_rate)
+        if num_frames < 1:
+            raise RequestError("duration", f"must hold at least one frame ({1 / self.frame_rate} s)")
+        max_frames = int(self.max_duration * self.frame_rate)
+        prompt = self._prompt_codes(clip)
+        if prompt.shape[1] >= min(num_frames, max_frames):
+            raise RequestError(
+                "continuation",
+                f"is {prompt.shape[1] / self.frame_rate:g} s long; it must be shorter than the duration asked for "
+                f"({params.duration:g} s) and than the model's window ({self.max_duration:g} s)",
+            )
+        double = params.cfg_coef_beta is not None
+        guided = double or params.cfg_coef != 1.0
+        wav = self._wav_input(clip, params)
+        extended = num_frames > max_frames
+
+        def conditions_at(first_frame: int, steps: int) -> list[FusedConditions]:
+            window_wav = self._recut(wav, first_frame) if wav is not None and extended else wav
+            conditions = self.conditioning.encode(clip.description, window_wav)
+            groups = rows_of(self.conditioning, conditions, guided, double, params.two_step_cfg)
+            return [self.fuser.fuse(rows, steps) for rows in groups]
+
+        return Generation(
+            self.lm.pattern_provider,
+            self.lm.special_token,
+            prompt,
+            num_frames,
+            max_frames,
+            self._stride_frames(params, max_frames, num_frames),
+            conditions_at,
+            Guidance(params.cfg_coef, 1.0 if params.cfg_coef_beta is None else params.cfg_coef_beta),
+            params.sampling,
+            params.seed,
+        )
+
+    def _stride_frames(self, params: GenerationParams, max_frames: int, num_frames: int) -> int:
+        stride = params.extend_stride
+        if stride is None:
+            fits = self._default_stride < self.max_duration
+            stride = self._default_stride if fits else _SHORT_MODEL_STRIDE * self.max_duration
+        frames = int(stride * self.frame_rate)
+        if num_frames > max_frames and not 1 <= frames < max_frames:
+            raise RequestError(
+                "extend_stride",
+                f"must be at least one frame and less than the model's window of {self.max_duration:g} s, "
+                f"not {stride:g}",
+            )
+        return frames
+
+    def _wav_input(self, clip: Clip, params: GenerationParams) -> WavInput | None:
+        """The audio a clip is conditioned on, brought to the model's rate and then to mono."""
+        if clip.melody is None:
+            return None
+        if clip.melody_sample_rate is None or params.seed is None:
+            raise RequestError("melody", "its sample rate is missing")
+        wav = convert_audio(clip.melody, clip.melody_sample_rate, self.sample_rate, self.audio_channels)  # [C, T]
+        return WavInput(
+            wav.mean(dim=0),
+            self.sample_rate,
+            params.seed,
+            params.eval_q,
+            params.excerpt_length,
+            params.ds_factor,
+            params.encodec_n_q,
+        )
+
+    def _recut(self, wav: WavInput, first_frame: int) -> WavInput:
+        """The audio of one window of several: from the window's own time on, repeated to fill `max_duration`."""
+        first = int(first_frame / self.frame_rate * self.sample_rate)
+        samples = torch.arange(first, first + int(self.max_duration * self.sample_rate))
+        return replace(wav, wav=wav.wav[samples % len(wav.wav)])
+
+    def _prompt_codes(self, clip: Clip) -> Tensor:
+        """The codes of the audio to continue, int64 `[K, P]`."""
+        if clip.continuation is None:
+            return torch.zeros(self.lm.num_codebooks, 0, dtype=torch.long)
+        if clip.continuation_sample_rate is None:
+            raise RequestError("continuation", "its sample rate is missing")
+        wav = convert_audio(
+            clip.continuation, clip.continuation_sample_rate, self.sample_rate, self.audio_channels
+        )  # [C, T]
+        codes, scale = self.compression_model.encode(wav[None].to(self.device))
+        if scale is not None:
+            raise RequestError("continuation", "this model's compression model rescales audio, so it cannot continue")
+        return codes[0].cpu()
+
+    @torch.inference_mode()
+    def _generate(
+        self, clips: Sequence[Clip], progress: bool, return_tokens: bool, seed_step: int = 0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if not clips:
+            raise RequestError(None, "there is nothing to generate")
+        params = self.generation_params
+        generations = []
+        for i, clip in enumerate(clips):
+            seed = secrets.randbelow(2**53) if params.seed is None else (params.seed + i * seed_step) % 2**63
+            generations.append(self.start(clip, replace(params, seed=seed)))
+        with tqdm(total=sum(g.total_steps for g in generations), disable=not progress, unit="step") as bar:
+
+            def report(done: int, total: int) -> None:
+                bar.update(done - bar.n)
+                if self._progress_callback is not None:
+                    self._progress_callback(done, total)
+
+            codes = self._run(generations, report)
+        wav = torch.stack([self._decode(c) for c in codes])  # [B, C, T]
+        return (wav, torch.stack(codes)) if return_tokens else wav
+
+    def _run(self, generations: Sequence[Generation], callback: Callback | None) -> list[Tensor]:
+        """Runs generations together to their ends; the codes of each, int64 `[K, frames]`."""
+        # The first window of a generation is its longest, and all its windows have as many rows.
+        joining = [(window, g) for g in generations if (window := g.next_window()) is not None]
+        windows = [window for window, _ in joining]
+        decoder = Decoder(
+            self.lm,
+            len(windows),
+            sum(window.rows for window in windows),
+            max(window.positions for window in windows),
+            max(window.sequence.shape[1] for window in windows),
+        )
+        running: list[tuple[Slot, Generation]] = []
+        done, total = 0, sum(generation.total_steps for generation in generations)
+        while joining or running:
+            if joining:
+                window, generation = joining.pop(0)
+                running.append((decoder.join(window), generation))
+                done += 1
+            else:
+                decoder.step()
+                done += len(running)
+            for slot, generation in [pair for pair in running if pair[0].done]:
+                running.remove((slot, generation))
+                generation.accept(decoder.leave(slot))
+                following = generation.next_window()
+                if following is not None:
+                    joining.append((following, generation))
+            if callback is not None:
+                callback(done, total)
+        return [generation.codes for generation in generations]
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        """Codes `[K, frames]` -> float32 `[C, T]` on the CPU."""
+        return self.compression_model.decode(codes[None].to(self.device))[0].cpu()
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if isinstance(dtype, str):
+        if dtype not in choices:
+            raise ValueError(f"dtype must be one of {', '.join(choices)}, not {dtype!r}")
+        dtype = choices[dtype]
+    if dtype not in choices.values():
+        raise ValueError(f"dtype must be one of {', '.join(choices)}, not {dtype}")
+    return dtype
