@@ -1,0 +1,1 @@
+"""The engine: takes jobs, gives events; the only part of the server that holds a model."""

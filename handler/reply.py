@@ -1,0 +1,95 @@
+"""What a client gets back: a clip, the model's description, or an error."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from handler import audio
+from handler.engine.messages import (
+    DeadlineExceededError,
+    EngineBusyError,
+    EngineClosedError,
+    Finished,
+    JobCancelledError,
+)
+from handler.errors import RequestError
+from handler.request import GenerationRequest
+from handler.request_parser import MediaTypeError, NotServedError, UnknownPathError
+
+JSON = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole HTTP reply."""
+
+    status: int
+    content_type: str
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def clip_reply(request: GenerationRequest, clip: Finished, variant: str) -> Reply:
+    """Set the clip's level, encode it, and say in headers what it is."""
+    wav = audio.normalize(clip.wav, clip.sample_rate, request.normalization)
+    audio_format = "wav" if request.format == "json" else request.format
+    encoded = audio.encode(wav, clip.sample_rate, audio_format, request.seed)
+    channels, samples = wav.shape
+    about: dict[str, Any] = {
+        "seed": request.seed,
+        "sample_rate": encoded.sample_rate,
+        "channels": channels,
+        "duration": samples / clip.sample_rate,
+        "variant": variant,
+    }
+    headers = {f"x-{name.replace('_', '-')}": _header_value(value) for name, value in about.items()}
+    if request.format != "json":
+        return Reply(200, encoded.content_type, encoded.data, headers)
+    about |= {"format": audio_format, "audio": base64.b64encode(encoded.data).decode()}
+    return Reply(200, JSON, _json(about), headers)
+
+
+def description_reply(description: Mapping[str, Any]) -> Reply:
+    return Reply(200, JSON, _json(description))
+
+
+def error_reply(error: BaseException, request_id: str) -> Reply:
+    """`{"error": {"code", "type", "message", "field"}}`; what is not the client's concern stays in the log."""
+    headers = {}
+    match error:
+        case NotServedError():
+            status, kind = 501, "not_implemented"
+        case UnknownPathError():
+            status, kind = 404, "not_found"
+        case MediaTypeError():
+            status, kind = 415, "unsupported_media_type"
+        case RequestError():
+            status, kind = 400, "invalid_request"
+        case EngineBusyError():
+            status, kind = 503, "busy"
+            headers["retry-after"] = str(error.retry_after)
+        case EngineClosedError():
+            status, kind = 503, "unavailable"
+        case DeadlineExceededError():
+            status, kind = 504, "deadline_exceeded"
+        case JobCancelledError():
+            status, kind = 499, "cancelled"
+        case _:
+            status, kind = 500, "internal_error"
+    message = str(error) if status != 500 else f"the server failed on this request; its log has {request_id}"
+    field_name = error.field if isinstance(error, RequestError) else None
+    content = {"error": {"code": status, "type": kind, "message": message, "field": field_name}}
+    return Reply(status, JSON, _json(content), headers)
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2).encode() + b"\n"
+
+
+def _header_value(value: object) -> str:
+    """A value as a header may carry it: printable ASCII, so that nothing can end the line."""
+    return "".join(character if " " <= character <= "~" else "?" for character in str(value))

@@ -1,0 +1,275 @@
+"""What a client may ask for: every field, its bounds and its aliases."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationInfo,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
+from torch import Tensor
+
+from handler.audio import read_audio
+from handler.errors import RequestError
+
+ALIASES = {
+    "description": "prompt",
+    "input": "prompt",
+    "text": "prompt",
+    "classifier_free_guidance": "cfg_coef",
+    "output_format": "format",
+    "response_format": "format",
+    "normalization_strategy": "normalization",
+}
+
+DEFAULT_DURATION = 8.0
+MAX_SEED = 2**63 - 1
+DRAWN_SEEDS = 2**53  # JavaScript's numbers keep every whole number below it
+MAX_CHARACTERS_PER_TOKEN = 32  # of a prompt; no word piece of T5's is longer
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The bounds that depend on the archive (its settings and its model).
+
+    Attributes:
+        max_duration: the longest clip, in seconds.
+        timeout: the default and the largest `timeout`, in seconds.
+        max_prompt_tokens: the longest prompt, in tokens of the text encoder.
+        max_upload_bytes, max_upload_seconds: of an uploaded audio file.
+        frame_rate: the model's frames a second; a clip has at least one.
+        window: seconds the model generates in one go.
+    """
+
+    max_duration: float
+    timeout: float
+    max_prompt_tokens: int
+    max_upload_bytes: int
+    max_upload_seconds: float
+    frame_rate: float
+    window: float
+
+
+@dataclass(frozen=True, slots=True)
+class Audio:
+    """An uploaded waveform, float32 [C, T], and its sample rate in Hz."""
+
+    wav: Tensor
+    sample_rate: int
+
+    @property
+    def seconds(self) -> float:
+        return self.wav.shape[-1] / self.sample_rate
+
+    def excerpt(self, start: float, end: float) -> Audio:
+        """The part between two times in seconds."""
+        first, last = round(start * self.sample_rate), round(end * self.sample_rate)
+        return Audio(self.wav[:, first:last], self.sample_rate)
+
+
+def _decode_audio(value: Any, info: ValidationInfo) -> Audio | None:
+    if value is None:
+        return None
+    limits = cast(Limits, info.context)
+    field = str(info.field_name)
+    if not isinstance(value, str | bytes | bytearray):
+        raise RequestError(field, f"must be a base64 text or an uploaded file, not {shown(value)}")
+    # base64 takes 4 bytes for 3, and may be broken into lines
+    if len(value) > 2 * limits.max_upload_bytes:
+        raise RequestError(field, f"the audio must be at most {limits.max_upload_bytes} bytes")
+    data = _from_base64(value)
+    if data is None and isinstance(value, str):
+        raise RequestError(field, "the text is not valid base64")
+    data = bytes(value) if data is None else data  # type: ignore[arg-type]
+    if len(data) > limits.max_upload_bytes:
+        raise RequestError(field, f"the audio must be at most {limits.max_upload_bytes} bytes, not {len(data)}")
+    return Audio(*read_audio(data, field, limits.max_upload_seconds))
+
+
+def _from_base64(value: str | bytes | bytearray) -> bytes | None:
+    """The decoded bytes of a base64 text or data URL; None if it is neither (no audio file's bytes are)."""
+    if not value.isascii():
+        return None
+    text = value.encode() if isinstance(value, str) else bytes(value)
+    if text[:5] == b"data:":
+        text = text.partition(b",")[2]
+    try:
+        return base64.b64decode(re.sub(rb"[\r\n\t ]", b"", text), validate=True)
+    except binascii.Error:
+        return None
+
+
+def _draw_seed(value: Any = None) -> Any:
+    return secrets.randbelow(DRAWN_SEEDS) if value is None else value
+
+
+AudioField = Annotated[
+    InstanceOf[Audio] | None,
+    BeforeValidator(_decode_audio),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64", "nullable": True}),
+]
+
+
+class GenerationRequest(BaseModel):
+    """One request for one clip, every value known and in bounds.
+
+    The fields are those of the API; `for_archive` gives the class with an archive's own bounds. Where a default is
+    null, null may be given. A `cfg_coef_beta` makes the guidance double and `two_step_cfg` has no effect then, as in
+    audiocraft.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    prompt: str | None = None
+    """What to play; empty or absent: unconditional."""
+    duration: float = DEFAULT_DURATION
+    """Seconds of the whole reply, a continued excerpt included."""
+    melody: AudioField = None
+    """Audio whose melody to follow."""
+    style: AudioField = None
+    """Audio whose style to follow."""
+    continuation: AudioField = None
+    """Audio to continue."""
+    continuation_start: float | None = Field(default=None, ge=0)
+    """Where the excerpt to continue begins in that audio, in seconds; null: at its beginning."""
+    continuation_end: float | None = Field(default=None, gt=0)
+    """Where the excerpt to continue ends in that audio, in seconds; null: at its end."""
+    seed: Annotated[int, BeforeValidator(_draw_seed)] = Field(default_factory=_draw_seed, ge=0, le=MAX_SEED)
+    """Decides every draw; absent: one below 2^53 is drawn and reported."""
+    timeout: float = 600.0
+    """Seconds until the request is given up."""
+    temperature: float = Field(default=1.0, ge=0, le=10)
+    """Above 1 is more adventurous; 0 takes the likeliest token."""
+    top_k: int = Field(default=250, ge=0, le=1_000_000)
+    """Draw from this many of the likeliest tokens; above the number of codes: from all; 0 switches it off."""
+    top_p: float = Field(default=0.0, ge=0, le=1)
+    """Draw from the likeliest tokens of this total probability; 0 switches it off, else it wins over top_k."""
+    use_sampling: bool = True
+    """Draw tokens; false: take the likeliest."""
+    cfg_coef: float = Field(default=3.0, ge=-100, le=100)
+    """Strength of the classifier-free guidance; 1 is none."""
+    cfg_coef_beta: float | None = Field(default=None, ge=-100, le=100)
+    """Strength of the text in double guidance; null: simple guidance."""
+    two_step_cfg: bool = False
+    """Run the two halves of the guidance one after the other."""
+    extend_stride: float | None = Field(default=None, gt=0)
+    """Seconds a window moves on when a clip is longer than one; null: the model's own."""
+    eval_q: int | None = Field(default=None, ge=1, le=64)
+    """How many codebooks describe the style; null: the checkpoint's."""
+    excerpt_length: float | None = Field(default=None, gt=0, le=30)
+    """Seconds of the style audio that are looked at; null: the checkpoint's."""
+    ds_factor: int | None = Field(default=None, ge=1, le=1000)
+    """Keep one in this many frames of the style; null: the checkpoint's."""
+    format: Literal["wav", "flac", "mp3", "ogg", "pcm", "json"] = "wav"
+    """Of the reply: an audio file, raw 16-bit samples, or JSON with a base64 wav."""
+    normalization: Literal["loudness", "peak", "rms", "clip", "none"] = "loudness"
+    """How the level of the clip is set."""
+    stream: bool = False
+    """Send audio while it is generated."""
+    stream_format: Literal["audio", "sse"] = "audio"
+    """Of a stream: audio, or progress and audio as events."""
+
+    @classmethod
+    def for_archive(cls, limits: Limits) -> type[GenerationRequest]:
+        """This class with the bounds of an archive."""
+        shortest = math.ceil(1e4 / limits.frame_rate) / 1e4
+        longest = limits.max_duration
+        text = cls.model_fields
+        return create_model(
+            cls.__name__,
+            __base__=cls,
+            prompt=(
+                str | None,
+                Field(
+                    default=None,
+                    max_length=limits.max_prompt_tokens * MAX_CHARACTERS_PER_TOKEN,
+                    description=f"{text['prompt'].description} At most {limits.max_prompt_tokens} tokens.",
+                ),
+            ),
+            duration=(
+                float,
+                Field(
+                    default=min(DEFAULT_DURATION, longest),
+                    ge=shortest,
+                    le=longest,
+                    description=text["duration"].description,
+                ),
+            ),
+            timeout=(
+                float,
+                Field(default=limits.timeout, gt=0, le=limits.timeout, description=text["timeout"].description),
+            ),
+            extend_stride=(
+                float | None,
+                Field(default=None, ge=shortest, lt=limits.window, description=text["extend_stride"].description),
+            ),
+        )
+
+    @model_validator(mode="after")
+    def _check_excerpt(self, info: ValidationInfo) -> Self:
+        limits = cast(Limits, info.context)
+        audio, start, end = self.continuation, self.continuation_start, self.continuation_end
+        if audio is None:
+            for field in ("continuation_start", "continuation_end"):
+                if getattr(self, field) is not None:
+                    raise RequestError(field, "needs the audio it is about, in `continuation`")
+            return self
+        for field, time in (("continuation_start", start), ("continuation_end", end)):
+            if time is not None and time > audio.seconds:
+                raise RequestError(field, f"must be at most {audio.seconds:.6g}, the audio's length, not {time:g}")
+        start, end = start or 0.0, audio.seconds if end is None else end
+        if end - start < 1 / limits.frame_rate:
+            raise RequestError(
+                "continuation_end" if self.continuation_end is not None else "continuation",
+                f"the excerpt to continue must last at least {1 / limits.frame_rate:.4g} seconds, "
+                f"not {end - start:.4g}",
+            )
+        if math.ceil((end - start) * limits.frame_rate) >= int(self.duration * limits.frame_rate):
+            raise RequestError(
+                "duration",
+                f"counts the excerpt to continue, {end - start:.6g} seconds, and must be longer than it; "
+                f"it is {self.duration:g}",
+            )
+        return self
+
+    @property
+    def excerpt(self) -> Audio | None:
+        """The part of the audio to continue from."""
+        if self.continuation is None:
+            return None
+        end = self.continuation.seconds if self.continuation_end is None else self.continuation_end
+        return self.continuation.excerpt(self.continuation_start or 0.0, end)
+
+
+def shown(value: Any) -> str:
+    """A value as an error message can show it: short, whatever was sent."""
+    match value:
+        case dict():
+            return "an object"
+        case list():
+            return "a list"
+        case bool() | None:
+            return json.dumps(value)
+        case int() if abs(value) >= 10**20:
+            return "a huge number"
+        case str() | int() | float():
+            text = repr(value[:41] if isinstance(value, str) else value)
+            return text if len(text) <= 44 else text[:40] + "…'"
+    return f"{len(value)} bytes" if isinstance(value, bytes | bytearray) else type(value).__name__

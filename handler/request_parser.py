@@ -1,0 +1,224 @@
+"""From what TorchServe hands over to a request: JSON, form, text, multipart, play address; fields by any name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from handler.errors import RequestError
+from handler.request import ALIASES, GenerationRequest, Limits, shown
+
+NOT_SERVED_YET = ("melody", "style", "eval_q", "excerpt_length", "ds_factor")
+PATHS_NOT_SERVED_YET = ("v1/audio/speech", "v1/models", "cancel")
+
+FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
+FORM_HELP = (
+    "the form holds no fields. `curl -d 'prompt=80s pop'` sends a field; "
+    '`curl --json \'{"prompt": "80s pop"}\'` sends JSON, which needs the header `Content-Type: application/json`'
+)
+
+
+class UnknownPathError(RequestError):
+    """There is nothing at this path: 404."""
+
+
+class MediaTypeError(RequestError):
+    """The body is of a type that is not read: 415."""
+
+
+class NotServedError(RequestError):
+    """A valid request for something this server does not do yet: 501."""
+
+
+class RequestParser:
+    """From what TorchServe hands over to a `GenerationRequest`, for one archive."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._model = GenerationRequest.for_archive(limits)
+        properties = self._model.model_json_schema()["properties"]
+        self.fields: dict[str, dict[str, Any]] = {name: _flat(schema) for name, schema in properties.items()}
+        """Each field's JSON schema (type, bounds, choices, default, description), and its aliases."""
+        for alias, name in ALIASES.items():
+            self.fields[name].setdefault("aliases", []).append(alias)
+
+    def parse(self, row: Mapping[str, Any], headers: Mapping[str, str]) -> GenerationRequest | None:
+        """Read one request.
+
+        Args:
+            row: as TorchServe's handlers get it: `{"body": …}`, or one key per field of a form.
+            headers: the request's, by lower-case name; `url_path` is the path behind the model's version.
+
+        Returns:
+            the request, or None when what is asked for is the model's description.
+
+        Raises:
+            RequestError: (400) naming the field and the bounds; or its kin UnknownPathError (404),
+                MediaTypeError (415), NotServedError (501).
+        """
+        of_path = _fields_of_path(headers.get("url_path", ""))
+        of_body = self._fields_of_body(row, headers)
+        if of_path is None and of_body is None:
+            return None
+        values: dict[str, Any] = {}
+        for source in (of_path or {}, of_body or {}):
+            self._add(values, source)
+        return self._validate(values)
+
+    def _fields_of_body(self, row: Mapping[str, Any], headers: Mapping[str, str]) -> Mapping[str, Any] | None:
+        if is_form(headers) and not row:
+            raise RequestError(None, FORM_HELP)
+        if not row:
+            return None
+        # over gRPC the fields come without a content type
+        if is_form(headers) or row.keys() != {"body"}:
+            return {name: self._from_form(name, value) for name, value in row.items()}
+        body = row["body"]
+        media_type = _media_type(headers)
+        if media_type == "application/json":
+            return _json_object(body)
+        if media_type == "text/plain":
+            return {"prompt": _text(body, "prompt")}
+        if not media_type and not body:
+            return None
+        raise MediaTypeError(
+            None,
+            f"a body of type {shown(media_type) if media_type else 'none'} is not read; set the header Content-Type "
+            "to application/json, text/plain, application/x-www-form-urlencoded or multipart/form-data",
+        )
+
+    def _from_form(self, name: str, value: Any) -> Any:
+        """A form's value as its field's type; what cannot be read as that is left for the validation to refuse."""
+        schema = self.fields.get(ALIASES.get(name, name))
+        if schema is None or not isinstance(value, str | bytes | bytearray) or "contentEncoding" in schema:
+            return value
+        text = _text(value, name)
+        match schema["type"]:
+            case "boolean":
+                return _FORM_BOOLEANS.get(text.strip().lower(), text)
+            case "integer" if _FORM_INTEGER.fullmatch(text.strip()):
+                return int(text)
+            case "number" if _FORM_NUMBER.fullmatch(text.strip()):
+                return float(text)
+        return text
+
+    def _add(self, values: dict[str, Any], given: Mapping[str, Any]) -> None:
+        """Add fields under their own names; a field must come once, by whichever name."""
+        for key, value in given.items():
+            name = ALIASES.get(key, key)
+            if name not in self.fields:
+                close = difflib.get_close_matches(key[:40], [*self.fields, *ALIASES], n=1)
+                hint = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(self.fields)}"
+                raise RequestError(key[:40], f"is not a field; {hint}")
+            if name in values:
+                others = ", ".join(alias for alias, target in ALIASES.items() if target == name)
+                raise RequestError(name, f"is given more than once (its other names: {others})")
+            values[name] = value
+
+    def _validate(self, values: dict[str, Any]) -> GenerationRequest:
+        try:
+            request = self._model.model_validate(values, context=self._limits)
+        except ValidationError as error:
+            raise self._complaint(error) from error
+        for field in NOT_SERVED_YET:
+            if getattr(request, field) is not None:
+                raise NotServedError(field, "is not served yet")
+        if request.stream:
+            raise NotServedError("stream", "streaming is not served yet; leave it out for the whole clip")
+        if request.stream_format != "audio":
+            raise NotServedError("stream_format", "streaming is not served yet; leave it out for the whole clip")
+        return request
+
+    def _complaint(self, error: ValidationError) -> RequestError:
+        problem = error.errors(include_url=False)[0]
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, RequestError):
+            return cause
+        field = str(problem["loc"][0])
+        if problem["type"] == "string_unicode":
+            return RequestError(field, "the text is not valid Unicode")
+        return RequestError(field, f"must be {_bounds(self.fields[field])}, not {shown(problem['input'])}")
+
+
+_FORM_BOOLEANS = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
+_FORM_INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+_FORM_NUMBER = re.compile(r"[+-]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,4})?")
+
+
+def is_form(headers: Mapping[str, str]) -> bool:
+    """Whether a request, its headers by lower-case name, is a form, even one without fields."""
+    return _media_type(headers) in FORM_TYPES
+
+
+def _media_type(headers: Mapping[str, str]) -> str:
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _fields_of_path(path: str) -> dict[str, Any] | None:
+    """The fields of `play/<prompt>.<format>`; None for no path."""
+    path = path.strip("/")
+    if not path:
+        return None
+    if path in PATHS_NOT_SERVED_YET:
+        raise NotServedError(None, f"{path} is not served yet")
+    start, _, rest = path.partition("/")
+    prompt, dot, audio_format = rest.rpartition(".")
+    if start != "play" or not dot:
+        raise UnknownPathError(
+            None, f"there is nothing at {shown(path)}; post to the model itself, or get play/<prompt>.<format>"
+        )
+    return {"prompt": prompt, "format": audio_format.lower()}
+
+
+def _json_object(body: Any) -> dict[str, Any]:
+    if isinstance(body, bytes | bytearray):  # TorchServe hands over what it could not parse
+        try:
+            body = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(None, f"the body is not valid JSON ({str(error)[:120]})") from error
+    if not isinstance(body, dict):
+        raise RequestError(None, f"the JSON body must be an object of fields, not {shown(body)}")
+    return body
+
+
+def _text(value: Any, field: str) -> str:
+    try:
+        return value if isinstance(value, str) else bytes(value).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(field[:40], "the text is not valid UTF-8") from error
+
+
+def _flat(schema: dict[str, Any]) -> dict[str, Any]:
+    """A field's schema without pydantic's title, and with `type | null` and a default of null told by `nullable`."""
+    flat = {key: value for key, value in schema.items() if key not in ("title", "anyOf") and value is not None}
+    for choice in schema.get("anyOf", []):
+        flat |= {"nullable": True} if choice == {"type": "null"} else choice
+    return flat
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    """A field's type and bounds in words, as in "a number from 0 to 10"."""
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    match schema["type"]:
+        case "boolean":
+            return "true or false"
+        case "string":
+            return f"a text of at most {schema['maxLength']} characters"
+    noun = "a whole number" if schema["type"] == "integer" else "a number"
+    words = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+    return " ".join([noun, *(f"{word} {schema[key]}" for key, word in words.items() if key in schema)])

@@ -1,0 +1,68 @@
+"""The `handler:` block of an archive's model-config.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class SettingsError(Exception):
+    """The `handler:` block holds a key nobody knows or a value out of its bounds; the message names both."""
+
+
+class Settings(BaseModel):
+    """What an operator can set for one archive; every key has a default, so the block may be missing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:\d{1,3})?)$")
+    """`cpu`, `cuda` or `cuda:N`; default: the GPU TorchServe assigns to the worker, else `cpu`."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """The language model's number format; default: float16 on a GPU, float32 on a CPU."""
+
+    max_duration: float = Field(default=120.0, gt=0, le=3600, allow_inf_nan=False)
+    """The longest clip a request may ask for, in seconds (beyond the model's own 30 s: windows)."""
+
+    max_prompt_tokens: int = Field(default=512, ge=1, le=4096)
+    """The longest prompt, in tokens of the text encoder."""
+
+    max_queue: int = Field(default=64, ge=0, le=100_000)
+    """How many requests may wait for the engine; one more gets a 503 with Retry-After at once."""
+
+    timeout: float = Field(default=600.0, gt=0, le=86_400, allow_inf_nan=False)
+    """Seconds after which a request is given up: the default and the upper bound of its own `timeout`."""
+
+    max_upload_bytes: int = Field(default=32 * 2**20, ge=1024, le=2**30)
+    """The largest uploaded audio file, in bytes after base64. TorchServe's `max_request_size` bounds it too."""
+
+    max_upload_seconds: float = Field(default=600.0, gt=0, le=3600, allow_inf_nan=False)
+    """The longest uploaded audio, in seconds."""
+
+    @classmethod
+    def from_model_config(cls, model_config: Mapping[str, Any] | None) -> Settings:
+        """Read the `handler:` block of a parsed model-config.yaml.
+
+        Raises:
+            SettingsError: for an unknown key, a wrong type or a value out of bounds, naming the key and the bounds.
+        """
+        block = (model_config or {}).get("handler")
+        if block is None:
+            return cls()
+        if not isinstance(block, Mapping):
+            raise SettingsError("model-config.yaml: `handler` must be a block of `key: value` lines")
+        try:
+            return cls.model_validate(dict(block))
+        except ValidationError as error:
+            raise SettingsError("; ".join(_complaint(problem) for problem in error.errors())) from error
+
+
+def _complaint(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return (
+            f"model-config.yaml: `handler.{key}` is not a setting; the settings are {', '.join(Settings.model_fields)}"
+        )
+    return f"model-config.yaml: `handler.{key}` is {problem['input']!r}: {problem['msg']}"

@@ -1,0 +1,133 @@
+"""TorchServe 0.12.0's ways and the way round each of them; with the entry, the only module that knows TorchServe.
+
+With `asyncCommunication: true` the frontend keeps every request of a worker in one table and reads all replies from
+one socket. What follows from that, and what is done here:
+
+* two threads of the worker write to that socket, unlocked, and large messages interleave: `lock_worker_socket`;
+* a request leaves the table only by a reply whose last message says `ts_stream_next: "false"`, so every reply is
+  sent as a stream, and every message of it from here;
+* the body of a streamed reply with an error status is lost, so an error is one complete message, followed at once
+  by the empty one that closes the table's entry;
+* the worker sends what `handle` returns as one message more: it is `SENT`, which the socket drops;
+* a message longer than `max_response_size` ends the connection: bodies go in pieces of `CHUNK_BYTES`;
+* over gRPC, and for a model's description, a second message to a finished call is an error in the frontend that ends
+  the worker's connection for good: those replies are one message, which closes the table's entry as well;
+* whatever `handle` raises is sent to every request of the worker: `handle` may raise nothing at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import re
+import secrets
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ts.context import Context
+from ts.protocol.otf_message_handler import create_predict_response
+from ts.service import Service
+
+from handler.errors import RequestError
+from handler.reply import Reply, error_reply
+from handler.request_parser import is_form
+
+CHUNK_BYTES = 2**20
+MAX_SINGLE_BYTES = 6_000_000  # TorchServe's own default of max_response_size is 6.5 MB
+TOO_LONG_FOR_GRPC = "the clip is too long for one gRPC message; ask for mp3 or flac, a shorter one, or over HTTP"
+SENT = secrets.token_bytes(32)
+"""What `handle` returns when its reply has gone out; random, so that no reply can end in it by chance."""
+
+_END_OF_PREDICTIONS = b"\xff\xff\xff\xff"
+_SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+class LockedSocket:
+    """The worker's socket; a message is written whole before the next begins."""
+
+    def __init__(self, wrapped: socket.socket) -> None:
+        self._wrapped = wrapped
+        self._lock = threading.Lock()
+
+    def sendall(self, message: bytes | bytearray) -> None:
+        if message.endswith(SENT + _END_OF_PREDICTIONS):
+            return
+        with self._lock:
+            self._wrapped.sendall(message)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+
+def lock_worker_socket() -> None:
+    """Have the worker of this process use a LockedSocket; to be called while it loads the model."""
+    set_cl_socket = Service.set_cl_socket
+
+    def set_locked_socket(service: Service, wrapped: socket.socket) -> None:
+        set_cl_socket(service, LockedSocket(wrapped))
+
+    Service.set_cl_socket = set_locked_socket
+
+
+class Exchange:
+    """One request's identity, and the way of its reply.
+
+    Attributes:
+        headers: the request's, by lower-case name. A form's fields are listed among them with a dict for a value;
+            those are left out.
+        request_id: the client's own `x-request-id` if it gave a plain one, else the frontend's.
+        is_model_description: asked with `GET /models/<name>?customized=true`.
+
+    Args:
+        row: the request's fields; a prediction has some, or is an empty form.
+        context: TorchServe's context of this request.
+    """
+
+    def __init__(self, row: Mapping[str, Any], context: Context) -> None:
+        self._context = context
+        every_header = context.get_all_request_header(0)
+        self.headers = {name.lower(): value for name, value in every_header.items() if isinstance(value, str)}
+        given = self.headers.get("x-request-id", "")
+        self.request_id = given if _SAFE_ID.fullmatch(given) else str(context.get_request_id(0))
+        # a client of /predictions can send this header too
+        self.is_model_description = "describe" in self.headers and not row and not is_form(self.headers)
+        # a request over HTTP has a header or two
+        self._is_grpc = not self.headers
+
+    async def send(self, reply: Reply) -> list[bytes]:
+        """Send the whole reply; gives what `handle` has to return then."""
+        context = self._context
+        if self._is_grpc and len(reply.body) > MAX_SINGLE_BYTES:
+            reply = error_reply(RequestError("format", TOO_LONG_FOR_GRPC), self.request_id)
+        context.set_response_status(reply.status, _phrase(reply.status), 0)
+        context.set_response_content_type(0, reply.content_type)
+        for name, value in reply.headers.items():
+            context.set_response_header(0, name, value)
+        for messages in self._messages(reply):
+            await asyncio.to_thread(context.cl_socket.sendall, messages)
+        return [SENT]
+
+    def _messages(self, reply: Reply) -> Iterator[bytearray]:
+        """The messages of a reply; those that must not be parted come together."""
+        if self.is_model_description or self._is_grpc:
+            yield self._last(reply.body)
+        elif reply.status >= 400:
+            yield self._message(reply.body) + self._last(b"")
+        else:
+            for start in range(0, len(reply.body), CHUNK_BYTES):
+                yield self._message(reply.body[start : start + CHUNK_BYTES], more=True)
+            yield self._last(b"")
+
+    def _message(self, body: bytes, more: bool = False) -> bytearray:
+        # 200 here is the exchange with the worker; the client's status is in the context
+        return create_predict_response([body], self._context.request_ids, "", 200, self._context, more)
+
+    def _last(self, body: bytes) -> bytearray:
+        self._context.set_response_header(0, "ts_stream_next", "true")  # which the encoder turns into "false"
+        return self._message(body)
+
+
+def _phrase(status: int) -> str:
+    return http.client.responses.get(status, "")

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+
+from handler.engine.messages import (
+    DeadlineExceededError,
+    EngineBusyError,
+    EngineClosedError,
+    Finished,
+    JobCancelledError,
+)
+from handler.errors import RequestError
+from handler.reply import clip_reply, description_reply, error_reply
+from handler.request import GenerationRequest, Limits
+from handler.request_parser import MediaTypeError, NotServedError, RequestParser, UnknownPathError
+
+PARSER = RequestParser(Limits(120.0, 600.0, 512, 1_000_000, 60.0, 50.0, 30.0))
+
+
+def request(**fields: Any) -> GenerationRequest:
+    parsed = PARSER.parse({"body": {"seed": 7, **fields}}, {"content-type": "application/json"})
+    assert parsed is not None
+    return parsed
+
+
+def clip(channels: int = 2, seconds: float = 1.0) -> Finished:
+    time = torch.arange(int(32_000 * seconds)) / 32_000
+    wav = 0.3 * torch.sin(2 * torch.pi * 330 * time).repeat(channels, 1)
+    return Finished(wav, 32_000, 50.0, torch.zeros(4, int(50 * seconds), dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("audio_format", "content_type", "rate"),
+    [
+        ("wav", "audio/wav", 32_000),
+        ("flac", "audio/flac", 32_000),
+        ("ogg", "audio/ogg", 48_000),
+        ("mp3", "audio/mpeg", 32_000),
+        ("pcm", "audio/pcm", 32_000),
+    ],
+)
+def test_a_clip_comes_in_the_format_asked_for_and_says_what_it_is(
+    audio_format: str, content_type: str, rate: int
+) -> None:
+    reply = clip_reply(request(format=audio_format), clip(), "small")
+    assert (reply.status, reply.content_type) == (200, content_type)
+    assert reply.headers == {
+        "x-seed": "7",
+        "x-sample-rate": str(rate),
+        "x-channels": "2",
+        "x-duration": "1.0",
+        "x-variant": "small",
+    }
+    if audio_format == "pcm":
+        assert len(reply.body) == 32_000 * 2 * 2
+    else:
+        samples, file_rate = soundfile.read(io.BytesIO(reply.body))
+        assert file_rate == rate
+        assert samples.shape[1] == 2
+
+
+def test_json_holds_a_wav_and_what_the_headers_say() -> None:
+    reply = clip_reply(request(format="json"), clip(), "small")
+    content = json.loads(reply.body)
+    assert reply.content_type == "application/json"
+    assert base64.b64decode(content.pop("audio")) == clip_reply(request(), clip(), "small").body
+    assert content == {
+        "seed": 7,
+        "sample_rate": 32_000,
+        "channels": 2,
+        "duration": 1.0,
+        "variant": "small",
+        "format": "wav",
+    }
+
+
+def test_the_level_is_set_as_asked() -> None:
+    def peak(strategy: str) -> float:
+        body = clip_reply(request(normalization=strategy), clip(), "small").body
+        return float(abs(soundfile.read(io.BytesIO(body))[0]).max())
+
+    assert peak("none") == pytest.approx(0.3, abs=1e-3)
+    assert peak("peak") == pytest.approx(10 ** (-1 / 20), abs=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["a\r\nx-evil: 1", "é", "\x00"])
+def test_nothing_can_break_out_of_a_header(variant: str) -> None:
+    value = clip_reply(request(), clip(), variant).headers["x-variant"]
+    assert value.isascii()
+    assert value.isprintable()
+
+
+def test_a_description_is_json() -> None:
+    reply = description_reply({"variant": "small"})
+    assert (reply.status, reply.content_type, json.loads(reply.body)) == (200, "application/json", {"variant": "small"})
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "field"),
+    [
+        (RequestError("top_k", "must be a number"), 400, "invalid_request", "top_k"),
+        (UnknownPathError(None, "there is nothing"), 404, "not_found", None),
+        (MediaTypeError(None, "is not read"), 415, "unsupported_media_type", None),
+        (NotServedError("stream", "is not served yet"), 501, "not_implemented", "stream"),
+        (EngineBusyError(64, 5), 503, "busy", None),
+        (EngineClosedError("the engine is closing"), 503, "unavailable", None),
+        (DeadlineExceededError("its timeout passed"), 504, "deadline_exceeded", None),
+        (JobCancelledError("was cancelled"), 499, "cancelled", None),
+    ],
+)
+def test_an_error_is_json_with_its_status_and_field(error: Exception, status: int, kind: str, field: str) -> None:
+    reply = error_reply(error, "id-1")
+    assert (reply.status, reply.content_type) == (status, "application/json")
+    assert json.loads(reply.body) == {"error": {"code": status, "type": kind, "message": str(error), "field": field}}
+
+
+def test_a_busy_server_says_when_to_come_back() -> None:
+    assert error_reply(EngineBusyError(64, 5), "id-1").headers == {"retry-after": "5"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("secret path /root"), KeyError("x"), MemoryError(), SystemExit(1)])
+def test_what_went_wrong_inside_stays_in_the_log(error: BaseException) -> None:
+    reply = error_reply(error, "id-1")
+    content = json.loads(reply.body)["error"]
+    assert (reply.status, content["type"]) == (500, "internal_error")
+    assert "id-1" in content["message"]
+    assert "secret" not in content["message"]

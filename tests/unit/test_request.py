@@ -1,0 +1,420 @@
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from handler.errors import RequestError
+from handler.request import ALIASES, GenerationRequest, Limits
+from handler.request_parser import MediaTypeError, NotServedError, RequestParser, UnknownPathError
+
+LIMITS = Limits(
+    max_duration=120.0,
+    timeout=600.0,
+    max_prompt_tokens=512,
+    max_upload_bytes=200_000,
+    max_upload_seconds=20.0,
+    frame_rate=50.0,
+    window=30.0,
+)
+PARSER = RequestParser(LIMITS)
+FORM = {"content-type": "application/x-www-form-urlencoded"}
+MULTIPART = {"content-type": "multipart/form-data; boundary=x"}
+NO_VALUES: Mapping[str, Any] = {}
+
+
+def wav_file(seconds: float, sample_rate: int = 16_000, channels: int = 1) -> bytes:
+    samples = np.linspace(-0.5, 0.5, int(seconds * sample_rate), dtype="float32")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.stack([samples] * channels, 1), sample_rate, format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
+
+
+def base64_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def parse(row: Mapping[str, Any], headers: Mapping[str, str] = NO_VALUES) -> GenerationRequest:
+    request = PARSER.parse(row, headers)
+    assert request is not None
+    return request
+
+
+def parse_json(body: Any) -> GenerationRequest:
+    return parse({"body": body}, {"content-type": "application/json"})
+
+
+def refusal(row: Mapping[str, Any], headers: Mapping[str, str] = NO_VALUES) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        PARSER.parse(row, headers)
+    return caught.value
+
+
+def refusal_of_json(body: Any) -> RequestError:
+    return refusal({"body": body}, {"content-type": "application/json"})
+
+
+# ---- forms of body
+
+
+def test_an_empty_json_object_is_an_unconditional_clip_with_the_defaults() -> None:
+    request = parse_json({})
+    assert request.prompt is None
+    assert request.duration == 8
+    assert (request.temperature, request.top_k, request.top_p, request.use_sampling) == (1.0, 250, 0.0, True)
+    assert (request.cfg_coef, request.cfg_coef_beta, request.two_step_cfg) == (3.0, None, False)
+    assert (request.format, request.normalization, request.timeout) == ("wav", "loudness", 600)
+
+
+def test_the_default_duration_is_the_longest_where_that_is_less_than_eight_seconds() -> None:
+    limits = Limits(5.0, 600.0, 512, 1000, 1.0, 50.0, 30.0)
+    request = RequestParser(limits).parse({"body": {}}, {"content-type": "application/json"})
+    assert request is not None
+    assert request.duration == 5
+
+
+def test_plain_text_is_the_prompt() -> None:
+    for body in ("80s pop", b"80s pop", bytearray(b"80s pop")):
+        assert parse({"body": body}, {"content-type": "text/plain; charset=utf-8"}).prompt == "80s pop"
+
+
+def test_json_that_the_server_left_unparsed_is_parsed() -> None:
+    request = parse({"body": bytearray(b'{"prompt": "x"}')}, {"content-type": "Application/JSON; charset=utf-8"})
+    assert request.prompt == "x"
+
+
+@pytest.mark.parametrize("headers", [FORM, MULTIPART, NO_VALUES])
+def test_a_form_s_strings_become_the_fields_types(headers: Mapping[str, str]) -> None:
+    request = parse(
+        {
+            "prompt": bytearray("été".encode()),
+            "duration": b"2.5",
+            "top_k": b" 10 ",
+            "use_sampling": b"False",
+            "two_step_cfg": b"on",
+            "cfg_coef": b"-1e0",
+            "seed": b"9223372036854775807",
+            "format": b"mp3",
+        },
+        headers,
+    )
+    assert (request.prompt, request.duration, request.top_k) == ("été", 2.5, 10)
+    assert (request.use_sampling, request.two_step_cfg) == (False, True)
+    assert (request.cfg_coef, request.seed, request.format) == (-1.0, 2**63 - 1, "mp3")
+
+
+def test_a_part_that_says_it_is_json_counts_as_its_value() -> None:
+    assert parse({"prompt": "x", "duration": 2}, MULTIPART).duration == 2
+
+
+def test_no_body_and_no_content_type_asks_for_the_description() -> None:
+    assert PARSER.parse({"body": bytearray()}, {}) is None
+    assert PARSER.parse({}, {}) is None
+
+
+def test_an_empty_form_explains_how_to_send_a_field() -> None:
+    message = str(refusal({}, FORM))
+    assert "--json" in message
+    assert "-d 'prompt=80s pop'" in message
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b'{"prompt":', b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"[1" + b"0" * 5000]
+)
+def test_malformed_json_is_refused_and_not_taken_for_a_prompt(body: bytes) -> None:
+    assert "not valid JSON" in str(refusal_of_json(bytearray(body)))
+
+
+@pytest.mark.parametrize("body", [[], [{"prompt": "x"}], "x", 3, None, True, 1.5])
+def test_json_must_be_an_object(body: Any) -> None:
+    assert "must be an object" in str(refusal_of_json(body))
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [(b"RIFF", "audio/wav"), (b"x", ""), (b"x", "application/octet-stream"), ("<p>", "text/html"), (b"", "audio/wav")],
+)
+def test_a_body_of_another_type_is_refused_with_the_types_that_are_read(body: Any, content_type: str) -> None:
+    error = refusal({"body": body}, {"content-type": content_type})
+    assert isinstance(error, MediaTypeError)
+    assert "application/json" in str(error)
+
+
+def test_text_that_is_not_utf8_is_refused() -> None:
+    assert refusal({"body": bytearray(b"\xff")}, {"content-type": "text/plain"}).field == "prompt"
+    assert refusal({"prompt": bytearray(b"\xff")}, FORM).field == "prompt"
+
+
+# ---- the path
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt", "audio_format"),
+    [
+        ("play/80s pop.mp3", "80s pop", "mp3"),
+        ("/play/a/b.c.WAV", "a/b.c", "wav"),
+        ("play/.ogg", "", "ogg"),
+    ],
+)
+def test_a_play_path_is_a_prompt_and_a_format(path: str, prompt: str, audio_format: str) -> None:
+    request = parse({"body": b""}, {"url_path": path})
+    assert (request.prompt, request.format) == (prompt, audio_format)
+
+
+def test_a_play_path_takes_further_fields_but_none_of_its_own_twice() -> None:
+    headers = {"url_path": "play/rock.mp3", "content-type": "application/json"}
+    assert parse({"body": {"duration": 2}}, headers).duration == 2
+    assert refusal({"body": {"text": "pop"}}, headers).field == "prompt"
+
+
+def test_a_play_path_with_an_unknown_format_is_refused() -> None:
+    assert refusal({"body": b""}, {"url_path": "play/rock.midi"}).field == "format"
+
+
+@pytest.mark.parametrize("path", ["x", "play", "play/rock", "v1/audio", "playing/x.mp3"])
+def test_an_unknown_path_is_not_found(path: str) -> None:
+    assert isinstance(refusal({"body": b""}, {"url_path": path}), UnknownPathError)
+
+
+@pytest.mark.parametrize("path", ["v1/audio/speech", "v1/models", "cancel"])
+def test_a_path_that_is_not_served_yet_says_so(path: str) -> None:
+    error = refusal({"body": b""}, {"url_path": path})
+    assert isinstance(error, NotServedError)
+    assert path in str(error)
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_an_alias_means_its_field_and_both_together_are_refused(alias: str, name: str) -> None:
+    value: Any = {"prompt": "x", "cfg_coef": 2.0, "format": "ogg", "normalization": "rms"}[name]
+    assert getattr(parse_json({alias: value}), name) == value
+    error = refusal_of_json({alias: value, name: value})
+    assert error.field == name
+    assert alias in str(error)
+
+
+def test_an_unknown_field_is_refused_with_the_close_one() -> None:
+    error = refusal_of_json({"promt": "x"})
+    assert (error.field, error.message) == ("promt", "is not a field; did you mean prompt?")
+    assert "duration" in str(refusal_of_json({"zzz": 1}))
+    assert len(str(refusal_of_json({"z" * 10_000: 1}))) < 500
+
+
+# ---- bounds
+
+BAD_NUMBERS: list[Any] = [None, "1", "", True, False, [], {}, math.nan, math.inf, -math.inf, 10**400, -(10**400)]
+
+
+@pytest.mark.parametrize("name", ["duration", "timeout", "temperature", "top_k", "top_p", "cfg_coef"])
+@pytest.mark.parametrize("value", BAD_NUMBERS, ids=lambda value: str(value)[:12])
+def test_what_is_no_number_or_none_in_bounds_is_refused_with_the_bounds(name: str, value: Any) -> None:
+    error = refusal_of_json({name: value})
+    assert error.field == name
+    assert "number" in error.message
+    assert str(PARSER.fields[name]["maximum"]) in error.message
+    assert len(str(error)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest", "largest", "below", "above"),
+    [
+        ("duration", 0.02, 120, 0.0199, 120.001),
+        ("timeout", 1e-9, 600, 0, 600.1),
+        ("temperature", 0, 10, -0.1, 10.1),
+        ("top_k", 0, 1_000_000, -1, 1_000_001),
+        ("top_p", 0, 1, -0.01, 1.01),
+        ("cfg_coef", -100, 100, -101, 101),
+        ("cfg_coef_beta", -100, 100, -101, 101),
+        ("seed", 0, 2**63 - 1, -1, 2**63),
+        ("extend_stride", 0.02, 29.98, 0.0, 30),
+    ],
+)
+def test_the_bounds_themselves_are_allowed_and_what_is_beyond_is_not(
+    name: str, smallest: float, largest: float, below: float, above: float
+) -> None:
+    for value in (smallest, largest):
+        assert getattr(parse_json({name: value}), name) == value
+    for value in (below, above):
+        error = refusal_of_json({name: value})
+        assert error.field == name
+        assert "must be a" in error.message
+
+
+@pytest.mark.parametrize("name", ["top_k", "seed", "eval_q", "ds_factor"])
+def test_whole_numbers_are_not_rounded_from_others(name: str) -> None:
+    assert "whole number" in refusal_of_json({name: 5.0}).message
+    assert "whole number" in refusal({name: b"5.5"}, FORM).message
+
+
+@pytest.mark.parametrize("text", ["", " ", "abc", "nan", "inf", "1_000", "0x10", "1e99999", "٣", "1" * 1000])
+def test_a_form_s_number_must_be_written_plainly(text: str) -> None:
+    assert refusal({"duration": text.encode()}, FORM).field == "duration"
+    assert refusal({"seed": text.encode() if text != "٣" else "٣".encode()}, FORM).field == "seed"
+
+
+@pytest.mark.parametrize("value", [0, 1, "true", "yes", [], math.nan])
+def test_a_json_boolean_is_true_or_false(value: Any) -> None:
+    assert "true or false" in refusal_of_json({"use_sampling": value}).message
+
+
+@pytest.mark.parametrize("name", ["format", "normalization", "stream_format"])
+def test_a_choice_is_one_of_those_listed(name: str) -> None:
+    for value in ("aiff", "", 3, None, ["wav"]):
+        error = refusal_of_json({name: value})
+        assert error.field == name
+        assert "one of" in error.message
+
+
+@pytest.mark.parametrize("value", [3, True, ["a"], {"a": 1}, "\ud800", "x" * 20_000])
+def test_a_prompt_is_a_text_of_bounded_length(value: Any) -> None:
+    error = refusal_of_json({"prompt": value})
+    assert error.field == "prompt"
+    assert len(str(error)) < 300
+
+
+@pytest.mark.parametrize(
+    "name", ["prompt", "seed", "cfg_coef_beta", "extend_stride", "continuation", "melody", "eval_q"]
+)
+def test_null_is_absent_where_the_default_is_null(name: str) -> None:
+    assert parse_json({name: None}).prompt is None
+
+
+def test_a_missing_seed_is_drawn_anew_below_two_to_the_53() -> None:
+    seeds = [parse_json({}).seed for _ in range(20)] + [parse_json({"seed": None}).seed]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**53 for seed in seeds)
+
+
+def test_every_field_is_described_with_its_type() -> None:
+    for name, schema in PARSER.fields.items():
+        assert schema["description"], name
+        assert schema["type"] in ("string", "number", "integer", "boolean"), name
+    assert PARSER.fields["prompt"]["aliases"] == ["description", "input", "text"]
+    assert PARSER.fields["duration"]["maximum"] == 120
+    assert PARSER.fields["cfg_coef_beta"]["nullable"]
+    assert "default" not in PARSER.fields["cfg_coef_beta"]
+
+
+# ---- audio
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        base64_of(wav_file(1.0)),
+        "data:audio/wav;base64," + base64_of(wav_file(1.0)),
+        "\n".join(base64_of(wav_file(1.0))[i : i + 76] for i in range(0, 9_000_00, 76)).strip(),
+    ],
+    ids=["base64", "data-url", "lines"],
+)
+def test_base64_audio_is_decoded(value: str) -> None:
+    for request in (parse_json({"continuation": value}), parse({"continuation": value.encode()}, FORM)):
+        assert request.continuation is not None
+        assert request.continuation.wav.shape == (1, 16_000)
+        assert request.continuation.sample_rate == 16_000
+
+
+def test_an_uploaded_file_is_decoded() -> None:
+    request = parse({"continuation": bytearray(wav_file(1.0, 22_050, channels=2))}, MULTIPART)
+    assert request.continuation is not None
+    assert request.excerpt is not None
+    assert request.continuation.wav.shape == (2, 22_050)
+    assert torch.equal(request.excerpt.wav, request.continuation.wav)
+
+
+def test_the_excerpt_is_the_part_between_its_ends() -> None:
+    body = {"continuation": base64_of(wav_file(2.0)), "continuation_start": 0.5, "continuation_end": 1.25}
+    request = parse_json(body)
+    assert request.excerpt is not None
+    assert request.continuation is not None
+    assert torch.equal(request.excerpt.wav, request.continuation.wav[:, 8_000:20_000])
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "complaint"),
+    [
+        ({"continuation_start": 2.5}, "continuation_start", "at most 2, the audio's length, not 2.5"),
+        ({"continuation_end": 2.5}, "continuation_end", "at most 2, the audio's length, not 2.5"),
+        ({"continuation_start": 1.0, "continuation_end": 1.0}, "continuation_end", "at least 0.02 seconds"),
+        ({"continuation_start": 1.5, "continuation_end": 1.0}, "continuation_end", "at least 0.02 seconds"),
+        ({"continuation_start": 1.99}, "continuation", "at least 0.02 seconds"),
+        ({"duration": 2}, "duration", "counts the excerpt"),
+        ({"duration": 1.5}, "duration", "counts the excerpt"),
+    ],
+)
+def test_an_excerpt_that_makes_no_sense_is_refused(fields: dict[str, float], field: str, complaint: str) -> None:
+    error = refusal_of_json({"continuation": base64_of(wav_file(2.0)), **fields})
+    assert error.field == field
+    assert complaint in error.message
+
+
+def test_ends_without_audio_are_refused() -> None:
+    assert refusal_of_json({"continuation_start": 1}).field == "continuation_start"
+    assert refusal_of_json({"continuation_end": 1}).field == "continuation_end"
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        ("", "empty"),
+        ("not base64!", "not valid base64"),
+        ("🎵", "not valid base64"),
+        ("AAA", "not valid base64"),
+        ("data:audio/wav;base64", "empty"),
+        (base64_of(b"no audio at all"), "not a readable"),
+        (base64_of(wav_file(1.0)[:-100]), "truncated"),
+        (base64_of(wav_file(0.0)), "no samples"),
+        (base64_of(wav_file(21.0, 8_000)), "at most 200000 bytes"),
+        ("A" * 400_004, "at most 200000 bytes"),
+        (3, "base64 text or an uploaded file, not 3"),
+        (True, "not true"),
+        (["x"], "not a list"),
+    ],
+)
+@pytest.mark.parametrize("field", ["melody", "style", "continuation"])
+def test_bad_audio_is_refused_naming_its_field(field: str, value: Any, complaint: str) -> None:
+    error = refusal_of_json({field: value})
+    assert type(error) is RequestError
+    assert error.field == field
+    assert complaint in error.message
+
+
+def test_audio_longer_than_the_bound_is_refused() -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(8_000 * 21), 8_000, format="FLAC")
+    assert "at most 20 seconds" in refusal_of_json({"melody": base64_of(buffer.getvalue())}).message
+
+
+# ---- what is not served yet
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("melody", base64_of(wav_file(1.0))),
+        ("style", base64_of(wav_file(1.0))),
+        ("eval_q", 3),
+        ("excerpt_length", 3.0),
+        ("ds_factor", 15),
+        ("stream", True),
+        ("stream_format", "sse"),
+    ],
+)
+def test_a_valid_field_that_is_not_served_yet_says_so(name: str, value: Any) -> None:
+    error = refusal_of_json({name: value})
+    assert isinstance(error, NotServedError)
+    assert error.field == name
+    assert parse_json({"stream": False, "stream_format": "audio"}).stream is False
+
+
+def test_a_bad_value_is_refused_before_anything_is_not_served() -> None:
+    assert type(refusal_of_json({"stream": True, "duration": -1})) is RequestError

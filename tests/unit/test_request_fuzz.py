@@ -1,0 +1,148 @@
+"""Whatever is sent, the answer is a valid request or an error that is the client's."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import numpy as np
+import soundfile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from handler.errors import RequestError
+from handler.params import GenerationParams
+from handler.reply import error_reply
+from handler.request import ALIASES, GenerationRequest, Limits
+from handler.request_parser import RequestParser
+
+PARSER = RequestParser(Limits(120.0, 600.0, 512, 100_000, 10.0, 50.0, 30.0))
+NAMES = [*GenerationRequest.model_fields, *ALIASES]
+FUZZ = settings(
+    max_examples=1500, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+def encoded(container: str, subtype: str) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.sin(np.arange(4_800) / 9), 48_000, format=container, subtype=subtype)
+    return buffer.getvalue()
+
+
+FILES = [
+    encoded(*kind)
+    for kind in [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
+]
+
+
+@st.composite
+def damaged_files(draw: st.DrawFn) -> bytes:
+    data = bytearray(draw(st.sampled_from(FILES)))
+    for _ in range(draw(st.integers(0, 4))):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    return bytes(data[: draw(st.integers(0, len(data)))]) if draw(st.booleans()) else bytes(data)
+
+
+def nested(depth: int, inner: Any) -> Any:
+    for _ in range(depth):
+        inner = [inner] if depth % 2 else {"a": inner}
+    return inner
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, -1, 2**53, 2**63, 10**40, -(10**400)])
+    | st.floats()
+    | st.text(max_size=40)
+    | st.sampled_from(["\ud800", "\x00", "wav", "true", "NaN", "1e400", "data:;base64,", "AAAA", "x" * 20_000]),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=5,
+)
+values = (
+    anything
+    | st.builds(nested, st.integers(100, 900), st.none())
+    | st.builds(lambda data: base64.b64encode(data).decode(), damaged_files())
+    | st.builds(lambda data: base64.b64encode(data).decode()[1:], damaged_files())
+)
+names = st.sampled_from(NAMES) | st.text(max_size=10)
+fields = st.dictionaries(names, values, max_size=4)
+form_values = (
+    st.binary(max_size=50)
+    | damaged_files()
+    | st.text(max_size=20).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | st.sampled_from([b"", b"1", b"-1", b"nan", b"1e999", b"true", b"wav", b"9" * 5000])
+).map(bytearray)
+form_rows = st.dictionaries(names, form_values | values, max_size=4)
+content_types = st.sampled_from(
+    [
+        "",
+        "application/json",
+        "APPLICATION/JSON;charset=x",
+        "text/plain",
+        "text/html",
+        "audio/wav",
+        "multipart/form-data; boundary=x",
+        "application/x-www-form-urlencoded",
+        ";",
+        "\x00",
+    ]
+)
+paths = st.sampled_from(["", "/", "play/x.mp3", "play/.", "play/", "v1/models", "cancel", "../..", "play/\ud800.wav"])
+
+
+def check(row: dict[str, Any], headers: dict[str, str]) -> None:
+    try:
+        request = PARSER.parse(row, headers)
+    except RequestError as error:
+        reply = error_reply(error, "id")
+        assert reply.status in (400, 404, 415, 501)
+        content = json.loads(reply.body)["error"]
+        assert content["code"] == reply.status
+        assert 0 < len(content["message"]) < 1000
+        assert content["field"] is None or isinstance(content["field"], str)
+        return
+    if request is not None:
+        assert 0.02 <= request.duration <= 120
+        assert 0 <= request.seed < 2**63
+        GenerationParams(
+            use_sampling=request.use_sampling,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            temperature=request.temperature,
+            duration=request.duration,
+            cfg_coef=request.cfg_coef,
+            cfg_coef_beta=request.cfg_coef_beta,
+            seed=request.seed,
+        )
+        (request.prompt or "").encode()
+        if request.excerpt is not None:
+            assert request.excerpt.wav.isfinite().all()
+            assert request.excerpt.seconds < request.duration
+
+
+@FUZZ
+@given(fields)
+def test_any_json_object_is_answered(body: dict[str, Any]) -> None:
+    check({"body": body}, {"content-type": "application/json"})
+
+
+@FUZZ
+@given(st.binary(max_size=200) | anything.map(lambda value: json.dumps(value).encode()), content_types, paths)
+def test_any_body_of_any_type_at_any_path_is_answered(body: bytes, content_type: str, path: str) -> None:
+    check({"body": bytearray(body)}, {"content-type": content_type, "url_path": path})
+
+
+@FUZZ
+@given(form_rows, content_types)
+def test_any_form_is_answered(row: dict[str, Any], content_type: str) -> None:
+    check(row, {"content-type": content_type})
+
+
+@FUZZ
+@given(damaged_files(), st.sampled_from(["continuation", "melody", "style"]))
+def test_any_damaged_upload_is_answered(data: bytes, field: str) -> None:
+    check({field: bytearray(data), "duration": bytearray(b"20")}, {"content-type": "multipart/form-data"})
