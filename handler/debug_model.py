@@ -219,9 +219,7 @@ def _write_t5(folder: Path, generator: torch.Generator, vocabulary: int) -> None
             bias = _normal(generator, 32, T5_HEADS, std=1.0)  # one row a relative position bucket
             state[f"{attention}.SelfAttention.relative_attention_bias.weight"] = bias
         state[f"{attention}.layer_norm.weight"] = torch.ones(T5_DIM)
-        state[f"{feed_forward}.DenseReluDense.wi.weight"] = _normal(
-            generator, T5_FEED_FORWARD, T5_DIM, std=std
-        )
+        state[f"{feed_forward}.DenseReluDense.wi.weight"] = _normal(generator, T5_FEED_FORWARD, T5_DIM, std=std)
         state[f"{feed_forward}.DenseReluDense.wo.weight"] = _normal(
             generator, T5_DIM, T5_FEED_FORWARD, std=T5_FEED_FORWARD**-0.5
         )

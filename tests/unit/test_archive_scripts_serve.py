@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,7 +182,8 @@ def test_a_disk_too_small_for_the_unpacked_archives_is_seen_before_anything_star
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = tmp_path / "large.mar"
-    with archive.open("wb") as file:
-        file.truncate(10**15)  # sparse
-    with pytest.raises(CommandError, match=r"1000000\.00 GB, and .* free; set TMPDIR"):
+    archive.write_bytes(bytes(2000))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(CommandError, match=r"2\.0 kB, and .* has 1\.0 kB free; set TMPDIR"):
         TorchServe([archive], free_port())
