@@ -223,15 +223,11 @@ def test_stereo_counts_the_codebooks_in_use() -> None:
 
 
 def test_stereo_needs_a_mono_model_of_an_even_hop() -> None:
-    with pytest.raises(
-        CheckpointError, match=r"interleave_stereo_codebooks\.use needs a mono .* has 2 channels"
-    ):
+    with pytest.raises(CheckpointError, match=r"interleave_stereo_codebooks\.use needs a mono .* has 2 channels"):
         InterleavedStereo(make_encodec(channels=2))
     mono = make_encodec()
     mono.hop_length = 5
-    with pytest.raises(
-        CheckpointError, match=r"per_timestep needs a compression model of an even hop length"
-    ):
+    with pytest.raises(CheckpointError, match=r"per_timestep needs a compression model of an even hop length"):
         InterleavedStereo(mono, per_timestep=True)
 
 

@@ -165,9 +165,7 @@ def test_the_frame_rate_of_an_export_is_rounded_down() -> None:
 
 
 def test_the_overrides_of_encoder_and_decoder_win() -> None:
-    config = changed(
-        seanet__encoder={"lstm": 0}, seanet__decoder={"causal": True, "final_activation": "Tanh"}
-    )
+    config = changed(seanet__encoder={"lstm": 0}, seanet__decoder={"causal": True, "final_activation": "Tanh"})
     read = read_config(config)
     assert (read.encoder.lstm, read.encoder.causal, read.encoder.final_activation) == (0, False, None)
     assert (read.decoder.lstm, read.decoder.causal, read.decoder.final_activation) == (1, True, "Tanh")
@@ -248,9 +246,7 @@ def test_norm_params_that_torch_refuses_are_named() -> None:
 def test_missing_weights_are_named() -> None:
     state = exported(original(CONFIG))
     del state["encoder.model.0.conv.conv.weight"]
-    with pytest.raises(
-        CheckpointError, match=r"^x\.bin: missing 'encoder\.model\.0\.conv\.conv\.weight'; .*again$"
-    ):
+    with pytest.raises(CheckpointError, match=r"^x\.bin: missing 'encoder\.model\.0\.conv\.conv\.weight'; .*again$"):
         load_encodec(CONFIG, state, "x.bin")
     only_codebooks = {k: v for k, v in state.items() if k.startswith("quantizer")}
     with pytest.raises(CheckpointError, match=r"missing '.*', '.*', '.*' and \d+ more"):
@@ -269,17 +265,13 @@ def test_half_of_a_weight_norm_is_missing_its_other_half() -> None:
 
 def test_weights_of_another_shape_are_named() -> None:
     state = exported(original(CONFIG))
-    with pytest.raises(
-        CheckpointError, match=r"codebook\.embed' has shape \(16, 6\), expected \(32, 6\).*together$"
-    ):
+    with pytest.raises(CheckpointError, match=r"codebook\.embed' has shape \(16, 6\), expected \(32, 6\).*together$"):
         load_encodec(changed(rvq__bins=32), state, "x.bin")
 
 
 def test_weights_nobody_asked_for_are_named() -> None:
     state = exported(original(CONFIG))
-    with pytest.raises(
-        CheckpointError, match=r"unexpected 'quantizer\.vq\.layers\.1\._codebook\.cluster_size', "
-    ):
+    with pytest.raises(CheckpointError, match=r"unexpected 'quantizer\.vq\.layers\.1\._codebook\.cluster_size', "):
         load_encodec(changed(rvq__n_q=1), state, "x.bin")
     key = "encoder.model.0.conv.conv.weight"
     state |= {f"{key}_g": torch.ones(4, 1, 1), f"{key}_v": state[key]}
@@ -396,9 +388,7 @@ def test_a_hugging_face_folder_with_unusable_files_says_which(write_folder: Call
     with pytest.raises(CheckpointError, match=r"model\.safetensors: can't be read .*; fetch it again"):
         load_huggingface_encodec(folder)
     weights.unlink()
-    with pytest.raises(
-        CheckpointError, match=r"no model\.safetensors or pytorch_model\.bin; fetch the whole"
-    ):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors or pytorch_model\.bin; fetch the whole"):
         load_huggingface_encodec(folder)
     (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: can't be read"):

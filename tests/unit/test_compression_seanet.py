@@ -176,9 +176,7 @@ def test_reflection_of_a_short_input_goes_over_appended_zeros() -> None:
 
 @pytest.mark.parametrize("blocks", range(5))
 def test_the_outer_blocks_have_no_norm(blocks: int) -> None:
-    config = SEANetConfig(
-        **SMALL, norm="time_group_norm", disable_norm_outer_blocks=blocks, lstm=1, true_skip=False
-    )
+    config = SEANetConfig(**SMALL, norm="time_group_norm", disable_norm_outer_blocks=blocks, lstm=1, true_skip=False)
     encoder, decoder = SEANetEncoder(config), SEANetDecoder(config)
 
     # Model indices of each block, from the audio inwards.
