@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from handler.checkpoint import COMPRESSION_FILE, Checkpoint, Config, load_parameters, read_checkpoint
-from handler.compression import CompressionModel, InterleavedStereo, load_encodec, load_huggingface_encodec
+from handler.compression import CompressionModel, InterleavedStereo, load_encodec
+from handler.compression.pretrained import DAC, DEBUG, load_pretrained
 from handler.conditioners.base import Conditioner
 from handler.conditioners.fuser import METHODS, Fuser
 from handler.conditioners.lut import LUTConditioner, get_words, natural_words
 from handler.conditioners.provider import ConditioningProvider
+from handler.conditioners.style import build_style
 from handler.conditioners.t5 import T5Conditioner
 from handler.errors import CheckpointError
 from handler.lm.model import LanguageModel
@@ -161,23 +163,38 @@ def _build_lut(
     return LUTConditioner(table.integer("n_bins", 0), table.integer("dim", 0), _output_dim(config), words)
 
 
+def _build_chroma(
+    config: Config, section: Config, state: Mapping[str, Tensor], find_auxiliary: FindAuxiliary
+) -> Conditioner:
+    # Imported here: demucs takes a while to import, and only melody models need it.
+    from handler.conditioners.chroma import build_chroma
+
+    return build_chroma(config, section, state, find_auxiliary)
+
+
 _CONDITIONERS: dict[str, Callable[[Config, Config, Mapping[str, Tensor], FindAuxiliary], Conditioner]] = {
     "t5": _build_t5,
     "lut": _build_lut,
+    "chroma_stem": _build_chroma,
+    "style": build_style,
 }
 
 
-def _open_compression(path: Path, find_auxiliary: FindAuxiliary) -> CompressionModel:
+def _open_compression(
+    path: Path, find_auxiliary: FindAuxiliary, followed: tuple[Path, ...] = ()
+) -> CompressionModel:
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, Checkpoint):
         return load_encodec(checkpoint.config, checkpoint.state, checkpoint.source)
-    # A pointer: in audiocraft's order, a local export comes before a name of the hub.
-    local = path.parent / checkpoint.name
-    if local.is_dir() and (local / COMPRESSION_FILE).is_file():
-        return _open_compression(local / COMPRESSION_FILE, find_auxiliary)
-    if local.is_file() and local != path:
-        return _open_compression(local, find_auxiliary)
-    return load_huggingface_encodec(find_auxiliary(checkpoint.name))
+    if checkpoint.name not in (*DAC, DEBUG):
+        # As in audiocraft, an export on this machine comes before a name of the hub.
+        local = path.parent / checkpoint.name
+        target = local / COMPRESSION_FILE if local.is_dir() else local
+        if target in (path, *followed):
+            raise CheckpointError(f"{path} points to {checkpoint.name!r}, which points back to it.")
+        if target.is_file():
+            return _open_compression(target, find_auxiliary, (*followed, path))
+    return load_pretrained(checkpoint.name, find_auxiliary)
 
 
 def _transformer_config(config: Config, section: Section) -> TransformerConfig:

@@ -18,13 +18,14 @@ from handler.checkpoint import COMPRESSION_FILE, LM_FILE, Pointer, read_checkpoi
 from handler.compression import CompressionModel
 from handler.conditioners.base import WavInput
 from handler.conditioners.fuser import Fuser
-from handler.conditioners.provider import ConditioningProvider, rows_of
+from handler.conditioners.provider import SELF_WAV, ConditioningProvider, rows_of
+from handler.conditioners.style import StyleConditioner
 from handler.errors import CheckpointError, RequestError
 from handler.generation import Generation
 from handler.lm.conditions import FusedConditions
 from handler.lm.decoder import Decoder, Guidance, Slot
 from handler.lm.model import LanguageModel
-from handler.params import Clip, GenerationParams
+from handler.params import STYLE_FIELDS, Clip, GenerationParams
 from handler.registry import find_auxiliary, resolve
 
 Callback = Callable[[int, int], None]
@@ -112,7 +113,7 @@ class MusicGen:
         conditioning = build_conditioners(checkpoint, find).to(device)
         lm.finalize(device, dtype)
         max_duration = float(config.section("dataset").get("segment_duration", 30.0))
-        stride = _AUDIOGEN_STRIDE if "audiogen" in str(config.get("solver")) else _MUSICGEN_STRIDE
+        stride = _AUDIOGEN_STRIDE if config.get("solver") == "audiogen" else _MUSICGEN_STRIDE
         return cls(compression, lm, conditioning, build_fuser(config), max_duration, stride)
 
     @property
@@ -161,9 +162,38 @@ class MusicGen:
             TypeError: for a name it does not have.
             RequestError: for a value out of bounds.
         """
-        style = ("eval_q", "excerpt_length", "ds_factor", "encodec_n_q")
-        kept = {field: getattr(self.generation_params, field) for field in style}
+        kept = {field: getattr(self.generation_params, field) for field in STYLE_FIELDS}
         self.generation_params = GenerationParams(**{**kept, **params})
+
+    def set_style_conditioner_params(
+        self,
+        eval_q: int = 3,
+        excerpt_length: float = 3.0,
+        ds_factor: int | None = None,
+        encodec_n_q: int | None = None,
+    ) -> None:
+        """Sets how the next calls take in the style of an excerpt (style models).
+
+        Args:
+            eval_q: codebooks that describe the style; fewer leave more freedom.
+            excerpt_length: seconds of the excerpt that are looked at.
+            ds_factor: keep one in this many frames; None is the checkpoint's.
+            encodec_n_q: codebooks of the excerpt, where EnCodec extracts the features; None is the checkpoint's.
+
+        Raises:
+            RequestError: if this model takes no style, or for a value out of bounds.
+        """
+        style = self.conditioning.wavs.get(SELF_WAV)
+        if not isinstance(style, StyleConditioner):
+            raise RequestError("eval_q", "this model takes no style; use a style model")
+        style.params_with(eval_q, excerpt_length, ds_factor, encodec_n_q)
+        self.generation_params = replace(
+            self.generation_params,
+            eval_q=eval_q,
+            excerpt_length=excerpt_length,
+            ds_factor=ds_factor,
+            encodec_n_q=encodec_n_q,
+        )
 
     def set_custom_progress_callback(self, callback: Callback | None) -> None:
         """Sets what is called after each decode step, with the steps done and those to do."""
@@ -290,8 +320,6 @@ class MusicGen:
         """
         if params.seed is None:
             raise RequestError("seed", "is missing")
-        if clip.melody is not None and "self_wav" not in self.conditioners:
-            raise RequestError("melody", "this model takes no melody; use a melody or style model")
         num_frames = int(params.duration * self.frame_rate)
         if num_frames < 1:
             raise RequestError("duration", f"must hold at least one frame ({1 / self.frame_rate} s)")
@@ -343,20 +371,22 @@ class MusicGen:
 
     def _wav_input(self, clip: Clip, params: GenerationParams) -> WavInput | None:
         """The audio a clip is conditioned on, brought to the model's rate and then to mono."""
+        conditioner = self.conditioning.wavs.get(SELF_WAV)
+        if not isinstance(conditioner, StyleConditioner):
+            for field in STYLE_FIELDS:
+                if getattr(params, field) is not None:
+                    raise RequestError(field, "this model takes no style; use a style model")
         if clip.melody is None:
             return None
+        if conditioner is None:
+            raise RequestError("melody", "this model takes no melody; use a melody or style model")
         if clip.melody_sample_rate is None or params.seed is None:
             raise RequestError("melody", "its sample rate is missing")
         wav = convert_audio(clip.melody, clip.melody_sample_rate, self.sample_rate, self.audio_channels)  # [C, T]
-        return WavInput(
-            wav.mean(dim=0),
-            self.sample_rate,
-            params.seed,
-            params.eval_q,
-            params.excerpt_length,
-            params.ds_factor,
-            params.encodec_n_q,
-        )
+        style = (getattr(params, field) for field in STYLE_FIELDS)
+        wav_input = WavInput(wav.mean(dim=0), self.sample_rate, params.seed, *style)
+        conditioner.check(wav_input)
+        return wav_input
 
     def _recut(self, wav: WavInput, first_frame: int) -> WavInput:
         """The audio of one window of several: from the window's own time on, repeated to fill `max_duration`."""

@@ -10,6 +10,9 @@ from torch import Tensor
 from handler.errors import RequestError
 from handler.lm.sampling import Sampling
 
+STYLE_FIELDS = ("eval_q", "excerpt_length", "ds_factor", "encodec_n_q")
+"""Those of `GenerationParams` that only a style model takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:

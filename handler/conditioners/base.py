@@ -69,6 +69,9 @@ class WavInput:
 class WavConditioner(Conditioner):
     """A conditioner of audio."""
 
+    def check(self, wav: WavInput) -> None:
+        """Raises a RequestError for audio or settings this conditioner cannot take, before any work is done."""
+
     @abstractmethod
     def forward(self, wav: WavInput | None) -> Condition:
         """One piece of audio -> its condition, on the CPU; None is the null condition by itself."""
