@@ -180,9 +180,7 @@ _CONDITIONERS: dict[str, Callable[[Config, Config, Mapping[str, Tensor], FindAux
 }
 
 
-def _open_compression(
-    path: Path, find_auxiliary: FindAuxiliary, followed: tuple[Path, ...] = ()
-) -> CompressionModel:
+def _open_compression(path: Path, find_auxiliary: FindAuxiliary, followed: tuple[Path, ...] = ()) -> CompressionModel:
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, Checkpoint):
         return load_encodec(checkpoint.config, checkpoint.state, checkpoint.source)
