@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
+import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
@@ -152,7 +152,7 @@ def test_a_repository_without_an_export_is_refused(hub: FakeHub) -> None:
 
 
 def _http(kind: Callable[..., Exception], status: int) -> Exception:
-    response = httpx.Response(status, request=httpx.Request("GET", "https://hub.invalid/api"))
+    response = httpx2.Response(status, request=httpx2.Request("GET", "https://hub.invalid/api"))
     return kind("refused", response=response)
 
 
