@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from handler.linear import Linear
 
 PAD_MODES = ("constant", "reflect", "replicate", "circular")
 
@@ -132,3 +135,17 @@ class TrimmedConvTranspose1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.convtr(x)  # [B, out, T * stride + left + right]
         return y[..., self.left : y.shape[-1] - self.right]
+
+    @cached_property
+    def pairs(self) -> Linear:
+        """The same as a product: an input and the one before it, `[N, 2 * in]`, earlier one first, make the `stride`
+        outputs `[N, stride * out]` that the later one is the first to reach.
+
+        It is made of the weights at its first use; they must not change or move any more. Only for a span of twice
+        the stride and without a norm.
+        """
+        conv = self.convtr.convtr
+        reach = conv.weight.unflatten(2, (2, self.stride))  # [in, out, own or next outputs, stride]
+        weight = reach.flip(2).permute(3, 1, 2, 0).flatten(2).flatten(0, 1)  # [stride * out, 2 * in]
+        bias = None if conv.bias is None else conv.bias.repeat(self.stride)
+        return Linear(weight, bias, weight.device, weight.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from handler.compression.base import CompressionModel
 from handler.compression.quantizer import ResidualVectorQuantizer
 from handler.compression.seanet import SEANetConfig, SEANetDecoder, SEANetEncoder
+from handler.compression.stages import decode_in_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ class EncodecModel(CompressionModel):
             raise ValueError("this compression model doesn't normalise its input, so decode takes no scale")
         if scale is not None and scale.shape != (codes.shape[0], 1):
             raise ValueError(f"scale must have shape [{codes.shape[0]}, 1], got {list(scale.shape)}")
-        wav = self.decoder(self.decode_latent(codes))
+        latent = self.decode_latent(codes)
+        wav = decode_in_chunks(self.decoder, latent) if latent.device.type == "cpu" else self.decoder(latent)
         return wav if scale is None else wav * scale[:, :, None]
 
     def decode_latent(self, codes: Tensor) -> Tensor:

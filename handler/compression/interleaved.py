@@ -65,12 +65,22 @@ class InterleavedStereo(CompressionModel):
 
     def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
         self.check_codes(codes)
+        channels = self.split_channels(codes)
+        if scale is not None and scale.shape != (codes.shape[0], 2):
+            raise ValueError(f"scale must have shape [{codes.shape[0]}, 2], got {list(scale.shape)}")
+        wav = self.model.decode(channels, None if scale is None else scale.reshape(-1, 1))  # [B * 2, 1, samples]
+        return wav.unflatten(0, (-1, 2)).squeeze(2)
+
+    def split_channels(self, codes: Tensor) -> Tensor:
+        """Codes `[B, K, frames]` -> those of each channel `[B * 2, K', frames']`, for the mono model.
+
+        Either K' is half of K or, per timestep, frames' is half of frames.
+
+        Raises:
+            ValueError: that number is odd.
+        """
         axis = 2 if self.per_timestep else 1
         if codes.shape[axis] % 2:
             what = "frames" if self.per_timestep else "codebooks"
             raise ValueError(f"interleaved stereo codes come in pairs of {what}, got {codes.shape[axis]}")
-        if scale is not None and scale.shape != (codes.shape[0], 2):
-            raise ValueError(f"scale must have shape [{codes.shape[0]}, 2], got {list(scale.shape)}")
-        channels = codes.unflatten(axis, (-1, 2)).movedim(axis + 1, 1).flatten(0, 1)  # [B * 2, K, T]
-        wav = self.model.decode(channels, None if scale is None else scale.reshape(-1, 1))  # [B * 2, 1, samples]
-        return wav.unflatten(0, (-1, 2)).squeeze(2)
+        return codes.unflatten(axis, (codes.shape[axis] // 2, 2)).movedim(axis + 1, 1).flatten(0, 1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from handler.compression.conv import PaddedConv1d, TrimmedConvTranspose1d
+from handler.compression.lstm import ResumableLSTM
 
 NORMS = ("none", "weight_norm", "spectral_norm", "time_group_norm")
 
@@ -155,6 +157,11 @@ class SkipLSTM(nn.Module):
         steps = x.permute(2, 0, 1)  # [T, B, C]
         y, _ = self.lstm(steps)
         return (y + steps).permute(1, 2, 0)
+
+    @cached_property
+    def resumable(self) -> ResumableLSTM:
+        """The LSTM alone, for a clip that comes in chunks; its weights must not change or move any more."""
+        return ResumableLSTM(self.lstm)
 
 
 class SEANetEncoder(nn.Module):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from handler.linear import Linear
 from handler.lm.attention import CrossKV, KVCache, PrefillAttention
 from handler.lm.conditions import FusedConditions
-from handler.lm.linear import Linear
 from handler.lm.patterns import PatternProvider
 from handler.lm.transformer import (
     Attention,

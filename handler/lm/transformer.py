@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from handler.linear import Linear
 from handler.lm.embedding import Rotary, sinusoidal_embedding
-from handler.lm.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)
