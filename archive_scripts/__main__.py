@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
-from archive_scripts import debug, generate, list_variants, pack, serve
+from archive_scripts import debug, export, fetch, generate, list_variants, pack, serve, verify
 from archive_scripts.errors import CommandError
 from handler.errors import CheckpointError, RequestError
 
@@ -32,23 +33,28 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (list_variants, debug, pack, serve, generate):
+    for module in (list_variants, fetch, export, debug, pack, verify, serve, generate):
         module.add_parser(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 for an error a person can mend, 130 when interrupted."""
+    """Run one command.
+
+    Returns the exit code: 0, 1 where `verify` finds fault, 2 for an error a person can mend, 130 when interrupted.
+    """
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        code = args.run(args)
     except (CommandError, CheckpointError, RequestError, OSError) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)  # as Ctrl-C: what is unfinished is cleared
     sys.exit(main())

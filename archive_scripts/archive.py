@@ -1,31 +1,32 @@
-"""Builds an archive: what goes into it, and the `.mar` file itself.
+"""Builds an archive: what goes into it, and the file or folder itself.
 
 Layout (paths inside the archive):
 
     checkpoint/state_dict.bin                byte for byte as published
     checkpoint/compression_state_dict.bin
     checkpoint/hub/<auxiliary>/…             only the files needed
-    checkpoint/SHA256SUMS                    as `sha256sum --check` reads it
+    checkpoint/SHA256SUMS                    of every file above, as `sha256sum --check` reads it
     handler/…                                this project's package
     musicgen_handler.py                      the entry TorchServe imports
     model-config.yaml
+    MAR-INF/MANIFEST.json
+    MAR-INF/SHA256SUMS                       of every file outside checkpoint/
+
+The same contents give the same bytes, whenever and wherever they are packed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
+import json
 import re
-import shutil
-import tempfile
-import threading
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import yaml
 from model_archiver.model_archiver_config import ModelArchiverConfig
@@ -33,21 +34,26 @@ from model_archiver.model_packaging_utils import ModelExportUtils
 from tqdm import tqdm
 
 from archive_scripts.errors import CommandError
-from archive_scripts.machine import size
-from handler.checkpoint import COMPRESSION_FILE, LM_FILE, Checkpoint, Pointer, read_checkpoint
-from handler.errors import CheckpointError
-from handler.registry import CHECKPOINT_FILES, auxiliary_files, auxiliary_folder_name, find_auxiliary
+from archive_scripts.files import SUMS_FILE, copy_stream, move_into_place, progress, require_space, sums_text
+from archive_scripts.members import MANIFEST, open_archive
+from archive_scripts.needs import codec_file, needed_auxiliaries
+from handler.checkpoint import COMPRESSION_FILE, LM_FILE
+from handler.registry import CHECKPOINT_FILES, HTDEMUCS, auxiliary_files, auxiliary_folder_name, find_auxiliary
 from handler.settings import Settings
 
 HANDLER_PACKAGE = Path(__file__).resolve().parents[1] / "handler"
 ENTRY = "musicgen_handler.py"
+CONFIG_FILE = "model-config.yaml"
+CHECKPOINT = "checkpoint/"
+CHECKPOINT_SUMS = f"{CHECKPOINT}{SUMS_FILE}"
+OTHER_SUMS = f"MAR-INF/{SUMS_FILE}"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
-# A zip knows no time before 1980, yet some file systems say 1970.
-ZIP_EPOCH = datetime(1980, 1, 2).timestamp()
+FORMATS = ("zip-store", "no-archive")
+"""`<name>.mar`, stored without compression, which would gain nothing; or a folder, which TorchServe serves in place."""
 
-# Conditioners that lean on one fixed model; T5's is named in the configuration.
-CONDITIONER_AUXILIARIES = {"chroma_stem": "htdemucs", "style": "MERT-v1-95M"}
+# The earliest time a zip can hold, so that no archive says when it was packed.
+ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 # TorchServe's own keys. One request per handler call, several in flight (asyncCommunication); loading a large
 # checkpoint may be slow; 2147483 s is the longest window TorchServe can count in which a dead worker is
@@ -62,6 +68,9 @@ TORCHSERVE_SETTINGS = {
     "maxRetryTimeoutInSec": 2_147_483,
 }
 
+AddMember = Callable[[str, BinaryIO, int, tqdm], str]
+"""Writes a member: its path, its contents and size; gives its sha256."""
+
 
 @dataclass(frozen=True, slots=True)
 class Contents:
@@ -75,40 +84,17 @@ class Contents:
         return sum(path.stat().st_size for path in self.files.values())
 
 
-def needed_auxiliaries(checkpoint_folder: Path) -> list[str]:
-    """The auxiliary models a checkpoint names in its own files, as it spells them (`t5-base`, a codec's hub
-    id).
-
-    Raises:
-        CheckpointError: a file of the checkpoint cannot be read.
-    """
-    names = []
-    language_model = read_checkpoint(checkpoint_folder / LM_FILE)
-    if not isinstance(language_model, Checkpoint):
-        raise CheckpointError(f"{language_model.source} is a pointer; the language model cannot be one.")
-    conditioners = language_model.config.section("conditioners")
-    for name in conditioners:
-        if name == "args":
-            continue
-        kind = conditioners.section(name).get("model")
-        if kind == "t5":
-            names.append(str(conditioners.section(name).section("t5")["name"]))
-        elif kind in CONDITIONER_AUXILIARIES:
-            names.append(CONDITIONER_AUXILIARIES[kind])
-    compression_model = read_checkpoint(checkpoint_folder / COMPRESSION_FILE)
-    if isinstance(compression_model, Pointer):
-        names.append(compression_model.name)
-    return names
-
-
 def collect(
-    checkpoint_folder: Path, hub_dir: Path | None = None, handler: Mapping[str, object] | None = None
+    checkpoint_folder: Path, made: Path, hub_dir: Path | None = None, handler: Mapping[str, object] | None = None
 ) -> Contents:
-    """Everything an archive of this checkpoint holds, but for its checksums; auxiliary models may be
+    """Everything an archive of this checkpoint holds, but for its manifest and checksums; auxiliary models may be
     downloaded.
+
+    A codec that is only a pointer to a file on this machine is replaced by that file.
 
     Args:
         checkpoint_folder: as `handler.registry.resolve` gives it.
+        made: a folder for what has to be converted first; needed until the archive is built.
         hub_dir: where auxiliary models are looked for first.
         handler: settings for the `handler:` block of model-config.yaml; the others are written with their
             defaults.
@@ -116,15 +102,20 @@ def collect(
     Raises:
         CheckpointError: the checkpoint cannot be read, or an auxiliary model is nowhere.
     """
-    files = {f"checkpoint/{file}": checkpoint_folder / file for file in CHECKPOINT_FILES}
+    files = {
+        f"{CHECKPOINT}{LM_FILE}": checkpoint_folder / LM_FILE,
+        f"{CHECKPOINT}{COMPRESSION_FILE}": codec_file(checkpoint_folder),
+    }
     for name in needed_auxiliaries(checkpoint_folder):
         folder = find_auxiliary(name, checkpoint_folder, hub_dir)
+        if auxiliary_folder_name(name) == HTDEMUCS:
+            folder = _converted_htdemucs(folder, made)
         for file in auxiliary_files(name, folder):
-            files[f"checkpoint/hub/{auxiliary_folder_name(name)}/{file.as_posix()}"] = folder / file
+            files[f"{CHECKPOINT}hub/{auxiliary_folder_name(name)}/{file.as_posix()}"] = folder / file
     files |= handler_files()
     settings = Settings.from_model_config({"handler": dict(handler or {})})
     config = TORCHSERVE_SETTINGS | {"handler": settings.model_dump(exclude_none=True)}
-    return Contents(files, {"model-config.yaml": yaml.safe_dump(config, sort_keys=False)})
+    return Contents(files, {CONFIG_FILE: yaml.safe_dump(config, sort_keys=False)})
 
 
 def handler_files() -> dict[str, Path]:
@@ -136,101 +127,119 @@ def handler_files() -> dict[str, Path]:
     return files
 
 
-def build(contents: Contents, name: str, output: Path, version: str = "1.0") -> Path:
-    """Write `<output>/<name>.mar`, appearing there only when complete, and return its path.
-
-    Raises:
-        CommandError: the name or version is not one TorchServe takes, or the disk is too small.
-    """
+def check_names(name: str, version: str) -> None:
+    """Raises CommandError for a name or version that TorchServe does not take."""
     if not NAME.fullmatch(name):
         raise CommandError(f"--name {name}: letters, digits, '_', '-' and '.' only, starting with a letter or digit")
     if not NAME.fullmatch(version):
         raise CommandError(f"--version {version}: letters, digits, '_', '-' and '.' only, such as 1.0")
-    output.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(output).free, contents.total_bytes
-    if free < needed * 1.01:
-        raise CommandError(f"{output}: {size(needed)} are needed and {size(free)} are free on this disk")
-    config = ModelArchiverConfig(
-        model_name=name,
-        handler=ENTRY,
-        version=version,
-        config_file="model-config.yaml",
-        export_path=str(output),
-        archive_format="zip-store",
-    )
-    # Staged as links: torch-model-archiver's own staging would copy every byte, into a folder named like the
-    # model.
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=output) as beside:
-        stage, made = Path(beside) / "stage", Path(beside) / f"{name}.mar"
-        for path, source in contents.files.items():
-            (stage / path).parent.mkdir(parents=True, exist_ok=True)
-            if source.stat().st_mtime < ZIP_EPOCH:
-                shutil.copyfile(source, stage / path)
+
+
+def archive_path(output: Path, name: str, archive_format: str) -> Path:
+    """Where `build` puts an archive."""
+    return output / (f"{name}.mar" if archive_format == "zip-store" else name)
+
+
+def build(
+    contents: Contents, name: str, output: Path, made: Path, version: str = "1.0", archive_format: str = "zip-store"
+) -> Path:
+    """Write an archive and return its path (`archive_path`), where it appears only when it is complete.
+
+    Args:
+        contents: what it holds.
+        name: of the model on the server.
+        output: the model store.
+        made: a folder on the same disk for the unfinished archive.
+        version: of the model.
+        archive_format: one of `FORMATS`.
+
+    Raises:
+        CommandError: the disk is too small, or a folder that is no archive is in the way.
+    """
+    target = archive_path(output, name, archive_format)
+    if target.is_dir() and not (target / MANIFEST).is_file():
+        raise CommandError(f"{target}: this folder is there and is no archive; choose another --name or --output")
+    require_space(output, contents.total_bytes)
+    unfinished = made / target.name
+    members: dict[str, Path | str] = {**contents.files, **contents.texts, MANIFEST: _manifest(name, version)}
+    sums: dict[str, str] = {}
+    with (
+        (_zip if archive_format == "zip-store" else _folder)(unfinished) as add,
+        progress("archive", contents.total_bytes) as bar,
+    ):
+
+        def add_text(path: str, text: str) -> str:
+            data = text.encode()
+            return add(path, BytesIO(data), len(data), bar)
+
+        for path, member in sorted(members.items()):
+            if isinstance(member, str):
+                sums[path] = add_text(path, member)
             else:
-                (stage / path).symlink_to(source.resolve())
-        for path, text in contents.texts.items():
-            (stage / path).write_text(text, encoding="utf-8")
-        (stage / "checkpoint" / "SHA256SUMS").write_text(_checksums(contents), encoding="utf-8")
-        with _growth(made, needed):
-            manifest = ModelExportUtils.generate_manifest_json(config)
-            ModelExportUtils.archive(beside, name, str(stage), manifest, "zip-store")
-        os.replace(made, output / made.name)
-    return output / f"{name}.mar"
+                with member.open("rb") as source:
+                    sums[path] = add(path, source, member.stat().st_size, bar)
+        inside = {path: digest for path, digest in sums.items() if path.startswith(CHECKPOINT)}
+        add_text(CHECKPOINT_SUMS, sums_text({path.removeprefix(CHECKPOINT): inside[path] for path in inside}))
+        add_text(OTHER_SUMS, sums_text({path: sums[path] for path in sums.keys() - inside.keys()}))
+    move_into_place(unfinished, target)
+    return target
 
 
 def is_current(archive: Path, local_checkpoint: Path | None) -> bool:
-    """Whether an archive holds this tree's code and, of a checkpoint in a local folder, the files as they are
-    now."""
+    """Whether an archive is there and holds this tree's code and, of a checkpoint in a local folder, the files as they
+    are now."""
     try:
-        with zipfile.ZipFile(archive) as held:
-            members = {info.filename: info for info in held.infolist()}
-    except (FileNotFoundError, zipfile.BadZipFile):
+        with open_archive(archive) as held:
+            sizes = {member.path: member.size for member in held.members}
+            code = {path: zlib.crc32(held.open(path).read()) for path in sizes if path.endswith(".py")}
+            written = (archive / MANIFEST if archive.is_dir() else archive).stat().st_mtime
+    except (CommandError, FileNotFoundError, zipfile.BadZipFile):
         return False
     files = {} if local_checkpoint is None else {file: local_checkpoint / file for file in CHECKPOINT_FILES}
     for file, path in files.items():
         status = path.stat()
-        if status.st_mtime > archive.stat().st_mtime or status.st_size != members[f"checkpoint/{file}"].file_size:
+        if status.st_mtime > written or status.st_size != sizes.get(f"{CHECKPOINT}{file}"):
             return False
-    held_code = {path: member.CRC for path, member in members.items() if path.endswith(".py")}
-    return held_code == {path: zlib.crc32(source.read_bytes()) for path, source in handler_files().items()}
+    return code == {path: zlib.crc32(source.read_bytes()) for path, source in handler_files().items()}
 
 
-def _checksums(contents: Contents) -> str:
-    """Lines of `<sha256>  <path under checkpoint/>`."""
-    sources = {path: source for path, source in contents.files.items() if path.startswith("checkpoint/")}
-    total = sum(source.stat().st_size for source in sources.values())
-    lines = []
-    with _progress("checksums", total) as bar:
-        for path, source in sorted(sources.items()):
-            digest = hashlib.sha256()
-            with source.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                    bar.update(len(block))
-            lines.append(f"{digest.hexdigest()}  {path.removeprefix('checkpoint/')}\n")
-    return "".join(lines)
+def _converted_htdemucs(folder: Path, made: Path) -> Path:
+    # Imported here: demucs takes a while to import, and only melody models need it.
+    from handler.conditioners.htdemucs import convert_htdemucs
+
+    convert_htdemucs(folder, made / HTDEMUCS)
+    return made / HTDEMUCS
+
+
+def _manifest(name: str, version: str) -> str:
+    """As torch-model-archiver writes it, but for the time."""
+    config = ModelArchiverConfig(
+        model_name=name, handler=ENTRY, version=version, config_file=CONFIG_FILE, archive_format="zip-store"
+    )
+    manifest = json.loads(ModelExportUtils.generate_manifest_json(config))
+    del manifest["createdOn"]
+    return json.dumps(manifest, indent=2) + "\n"
 
 
 @contextmanager
-def _growth(path: Path, total: int) -> Iterator[None]:
-    """Show how a file grows while another library writes it."""
-    done = threading.Event()
+def _zip(path: Path) -> Iterator[AddMember]:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
 
-    def watch() -> None:
-        with _progress("archive", total) as bar:
-            while not done.wait(0.2):
-                if path.exists():
-                    bar.update(path.stat().st_size - bar.n)
+        def add(member: str, source: BinaryIO, size: int, bar: tqdm) -> str:
+            info = zipfile.ZipInfo(member, ZIP_EPOCH)
+            info.create_system, info.external_attr, info.file_size = 3, 0o100644 << 16, size
+            with archive.open(info, "w") as target:
+                return copy_stream(source, target, bar)  # type: ignore[arg-type]
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
+        yield add
 
 
-def _progress(description: str, total: int) -> tqdm:
-    # disable=None: only on a terminal
-    return tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, disable=None)
+@contextmanager
+def _folder(path: Path) -> Iterator[AddMember]:
+    def add(member: str, source: BinaryIO, size: int, bar: tqdm) -> str:
+        target = path / member
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file:
+            return copy_stream(source, file, bar)
+
+    yield add

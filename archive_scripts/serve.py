@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
 from archive_scripts.errors import CommandError
+from archive_scripts.members import is_archive, model_name
 from archive_scripts.pack import MODEL_STORE, pack_if_needed
 from archive_scripts.server import TorchServe
 
 HELP = "serve variants on this machine"
 DESCRIPTION = """\
-Serve one or more variants with TorchServe on this machine until Ctrl-C: packs what is not yet in the model
-store, starts the server in a private folder of its own, has each model make a first clip (saved in clips/),
+Serve one or more variants or archives with TorchServe on this machine until Ctrl-C: packs what is not yet in the
+model store, starts the server in a private folder of its own, has each model make a first clip (saved in clips/),
 and prints how to call it.
 
 config.properties in this project is what the server starts from; the port replaces the one written there.
@@ -23,6 +23,7 @@ Requests need a token, made at each start, unless --open is given; the printed l
 
   python -m archive_scripts serve debug --open
   python -m archive_scripts serve small stereo-small --port 9000
+  python -m archive_scripts serve model-store/large
 """
 CLIPS = Path("clips")
 CANARY = {"prompt": "80s pop with heavy drums", "duration": 4, "seed": 0}
@@ -33,7 +34,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve", help=HELP, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("variants", metavar="VARIANT", nargs="+", help="a name, hub id or folder")
+    parser.add_argument("variants", metavar="VARIANT", nargs="+", help="a name, hub id or folder, or an archive")
     parser.add_argument(
         "--port",
         type=int,
@@ -56,13 +57,16 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, signal.default_int_handler)  # as Ctrl-C
     archives = []
     for variant in args.variants:
+        if is_archive(Path(variant)):
+            archives.append(Path(variant).resolve())
+            continue
         _say(f"{variant}: packing if needed")
-        archives.append(pack_if_needed(variant, args.model_store))
-    models = [archive.stem for archive in archives]
+        archives.append(pack_if_needed(variant, args.model_store).resolve())
+    models = [model_name(archive) for archive in archives]
+    if len({archive.parent for archive in archives}) > 1:
+        raise CommandError("all archives must be in one folder, the model store; name it with --model-store")
     if len(set(models)) < len(models):
         raise CommandError(f"two of these would have the same name on the server: {', '.join(models)}")
     with TorchServe(archives, args.port, args.open) as server:

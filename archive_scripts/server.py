@@ -42,7 +42,7 @@ class TorchServe:
     them. The folder goes when the server stops, unless the server failed.
 
     Args:
-        archives: `.mar` files in one folder, the model store.
+        archives: `.mar` files, and folders of unpacked ones, in one folder: the model store.
         port: of inference; management and metrics take the next two.
         open_profile: no tokens. For trials on this machine; refused when an address is not loopback.
         config: TorchServe properties to derive from.
@@ -67,7 +67,9 @@ class TorchServe:
                 raise CommandError(
                     f"port {port + offset} is taken; choose another with --port (that one and the next two are used)"
                 )
-        free, needed = shutil.disk_usage(tempfile.gettempdir()).free, sum(a.stat().st_size for a in archives)
+        # Folders are linked to, and nothing of them is copied.
+        needed = sum(archive.stat().st_size for archive in archives if archive.is_file())
+        free = shutil.disk_usage(tempfile.gettempdir()).free
         if free < needed:
             raise CommandError(
                 f"TorchServe unpacks the archives, {size(needed)}, and {tempfile.gettempdir()} has {size(free)} free; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -186,7 +187,7 @@ def _open_compression(path: Path, find_auxiliary: FindAuxiliary, followed: tuple
         return load_encodec(checkpoint.config, checkpoint.state, checkpoint.source)
     if checkpoint.name not in (*DAC, DEBUG):
         # As in audiocraft, an export on this machine comes before a name of the hub.
-        local = path.parent / checkpoint.name
+        local = Path(os.path.normpath(path.parent / checkpoint.name))
         target = local / COMPRESSION_FILE if local.is_dir() else local
         if target in (path, *followed):
             raise CheckpointError(f"{path} points to {checkpoint.name!r}, which points back to it.")

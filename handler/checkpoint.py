@@ -134,7 +134,7 @@ def read_checkpoint(path: Path) -> Checkpoint | Pointer:
     return Checkpoint(str(path), Config.parse(config, str(path)), state)
 
 
-_EXPORT = "Export it first with audiocraft's `audiocraft.utils.export` (`export_lm` or `export_encodec`)."
+_EXPORT = "Export it first: `python -m archive_scripts export CHECKPOINT_FOLDER OUT`."
 
 
 def _load(path: Path) -> Any:

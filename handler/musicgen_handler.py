@@ -64,6 +64,7 @@ class MusicGenHandler:
                 max_upload_seconds=settings.max_upload_seconds,
                 frame_rate=card.frame_rate,
                 window=card.window,
+                melody=card.melody,
             )
         )
         logger.info("%s ready after %.1f s: %s", self.variant, time.monotonic() - started, card)
@@ -92,11 +93,12 @@ class MusicGenHandler:
         request = None if exchange.is_model_description else await self.preprocess(row, exchange.headers)
         if request is None:
             return description_reply(self.describe())
-        clip = await self.inference(_job_of(request, exchange.request_id, started))
-        return await self.postprocess(request, clip)
+        clip = await asyncio.to_thread(clip_of, request, self.parser.limits.window)
+        job = Job(exchange.request_id, clip, params_of(request), deadline=started + request.timeout)
+        return await self.postprocess(request, await self.inference(job))
 
     async def preprocess(self, row: Mapping[str, Any], headers: Mapping[str, str]) -> GenerationRequest | None:
-        """Parse a request and decode its audio, off the loop; None: the model's description is asked for."""
+        """Parse a request, off the loop; None: the model's description is asked for."""
         return await asyncio.to_thread(self.parser.parse, row, headers)
 
     async def inference(self, job: Job) -> Finished:
@@ -141,14 +143,24 @@ def _assigned_device(gpu_id: int | None) -> str:
     return f"cuda:{gpu_id}" if gpu_id is not None and torch.cuda.is_available() else "cpu"
 
 
-def _job_of(request: GenerationRequest, request_id: str, started: float) -> Job:
-    excerpt = request.excerpt
-    clip = Clip(
+def clip_of(request: GenerationRequest, window: float) -> Clip:
+    """Decode what a request's music is made from; of a melody no more than can be heard of it."""
+    wav, end = request.style, None
+    if request.melody is not None:
+        # What follows the clip's last window changes nothing, nor does it change how that window's end is separated.
+        wav, end = request.melody, request.duration + 2 * window
+    continuation = request.continuation
+    return Clip(
         description=request.prompt or None,
-        continuation=excerpt.wav if excerpt else None,
-        continuation_sample_rate=excerpt.sample_rate if excerpt else None,
+        melody=wav.read(end=end) if wav else None,
+        melody_sample_rate=wav.sample_rate if wav else None,
+        continuation=continuation.read(request.continuation_start, request.continuation_end) if continuation else None,
+        continuation_sample_rate=continuation.sample_rate if continuation else None,
     )
-    params = GenerationParams(
+
+
+def params_of(request: GenerationRequest) -> GenerationParams:
+    return GenerationParams(
         use_sampling=request.use_sampling,
         top_k=request.top_k,
         top_p=request.top_p,
@@ -159,5 +171,7 @@ def _job_of(request: GenerationRequest, request_id: str, started: float) -> Job:
         two_step_cfg=request.two_step_cfg,
         extend_stride=request.extend_stride,
         seed=request.seed,
+        eval_q=request.eval_q,
+        excerpt_length=request.excerpt_length,
+        ds_factor=request.ds_factor,
     )
-    return Job(request_id, clip, params, deadline=started + request.timeout)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from handler.checkpoint import COMPRESSION_FILE, LM_FILE
 from handler.errors import CheckpointError
+from handler.hub import hub_snapshot
 from handler.model_folder import WEIGHTS
 
 CHECKPOINT_FILES = (LM_FILE, COMPRESSION_FILE)
@@ -53,7 +54,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Auxiliary:
-    """A model the checkpoints lean on. `files` are needed; of `weights`, the first the hub has."""
+    """A model the checkpoints lean on. `files` are needed, where there are any; of `weights`, the first there is."""
 
     repo: str
     files: tuple[str, ...]
@@ -111,6 +112,10 @@ VARIANTS: dict[str, Variant] = {
 DEBUG = "debug"
 """The name of the tiny model with random weights that `handler.debug_model` writes: for trials and tests."""
 
+HTDEMUCS = "htdemucs"
+HTDEMUCS_PICKLES = ("htdemucs.th", "955717e8-8726e21a.th")
+"""What demucs itself publishes of htdemucs; `handler.conditioners.htdemucs` reads and converts these."""
+
 _TRANSFORMERS_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model")
 
 AUXILIARIES: dict[str, Auxiliary] = {
@@ -118,9 +123,33 @@ AUXILIARIES: dict[str, Auxiliary] = {
     "t5-base": Auxiliary("google-t5/t5-base", _TRANSFORMERS_FILES, WEIGHTS),
     "t5-large": Auxiliary("google-t5/t5-large", _TRANSFORMERS_FILES, WEIGHTS),
     "encodec_32khz": Auxiliary("facebook/encodec_32khz", ("config.json",), WEIGHTS),
+    "dac_44khz": Auxiliary("descript/dac_44khz", ("config.json",), WEIGHTS),
+    "dac_24khz": Auxiliary("descript/dac_24khz", ("config.json",), WEIGHTS),
     "MERT-v1-95M": Auxiliary("m-a-p/MERT-v1-95M", ("config.json",), WEIGHTS),
-    "htdemucs": Auxiliary("adefossez/htdemucs", ("htdemucs.yaml",), ("955717e8.safetensors",)),
+    # As the hub has it, or as `handler.conditioners.htdemucs.convert_htdemucs` writes it.
+    HTDEMUCS: Auxiliary("adefossez/HTDemucs", ("htdemucs.json",), ("955717e8.safetensors", "htdemucs.safetensors")),
 }
+
+REVISIONS = {
+    "facebook/musicgen-small": "4c8334b02c6ec4e8664a91979669a501ec497792",
+    "facebook/musicgen-large": "15ccdc92099879e47b6da12c350cdb71d4eab3ca",
+    "google-t5/t5-base": "a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1",
+    "google-t5/t5-large": "150ebc2c4b72291e770f58e6057481c8d2ed331a",
+    "m-a-p/MERT-v1-95M": "12af15fef9d0ac838c3f475bfbbf26d2060dd4f5",
+    "adefossez/HTDemucs": "bf35a81b663819a8255c8fefee17f9d812b786b5",
+}
+"""The commit that `archive_scripts fetch` takes of a repository; of the others it takes `main`, and records which
+commit that was."""
+
+_CODEC_SHA256 = "37d256b5"
+SHA256 = {
+    ("facebook/musicgen-medium", COMPRESSION_FILE): _CODEC_SHA256,
+    ("facebook/musicgen-large", COMPRESSION_FILE): _CODEC_SHA256,
+    ("facebook/musicgen-melody", COMPRESSION_FILE): _CODEC_SHA256,
+    ("google-t5/t5-base", "model.safetensors"): "a90903540cc02cbeb7ff9f823f1a80eb778c7e22426a0e620b01c77a5ec8f5b4",
+    ("adefossez/HTDemucs", "955717e8.safetensors"): "d9fa14133cfcc034a6758923bb3a8ca9f8dfd0b582134643bbf83f72c17576dd",
+}
+"""How the sha256 of a published file begins, by repository and file, where it is known."""
 
 
 def find_variant(name: str) -> Variant | None:
@@ -220,7 +249,7 @@ def auxiliary_files(name: str, folder: Path) -> list[Path]:
     Raises:
         CheckpointError: the folder holds no weights.
     """
-    known = _auxiliary(name)
+    known = find_auxiliary_model(name)
     wanted = [Path(file) for file in known.files if (folder / file).is_file()]
     for weights in known.weights:
         if (folder / weights).is_file():
@@ -262,7 +291,8 @@ def _unknown(name: str) -> str:
     )
 
 
-def _auxiliary(name: str) -> Auxiliary:
+def find_auxiliary_model(name: str) -> Auxiliary:
+    """What is known of an auxiliary model; one that is not is taken for a transformers one on the hub."""
     known = AUXILIARIES.get(auxiliary_folder_name(name))
     if known is None or ("/" in name and name != known.repo):
         return Auxiliary(name, _TRANSFORMERS_FILES, WEIGHTS)
@@ -270,9 +300,9 @@ def _auxiliary(name: str) -> Auxiliary:
 
 
 def _download_auxiliary(name: str, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Path:
-    known = _auxiliary(name)
+    known = find_auxiliary_model(name)
     for weights in known.weights:
-        folder = _snapshot(known.repo, (*known.files, weights), revision, token, cache_dir)
+        folder = hub_snapshot(known.repo, (*known.files, weights), revision, token, cache_dir)
         if (folder / weights).is_file():
             return folder
     raise CheckpointError(f"{known.repo} has none of {', '.join(known.weights)}")
@@ -282,7 +312,7 @@ def _download(
     repo: str, files: Iterable[str], revision: str | None, token: str | None, cache_dir: str | Path | None
 ) -> Path:
     files = tuple(files)
-    folder = _snapshot(repo, files, revision, token, cache_dir)
+    folder = hub_snapshot(repo, files, revision, token, cache_dir)
     missing = [file for file in files if not (folder / file).is_file()]
     if not missing:
         return folder
@@ -290,50 +320,4 @@ def _download(
         f"{repo}: {' and '.join(missing)} not found there. Only repositories with audiocraft's export "
         f"({' and '.join(CHECKPOINT_FILES)}) can be used; if the download was cut short while you are "
         "offline, run it again with network access."
-    )
-
-
-def _snapshot(
-    repo: str, files: tuple[str, ...], revision: str | None, token: str | None, cache_dir: str | Path | None
-) -> Path:
-    """One commit's `files`, in one folder of the cache; those the repository lacks are left out."""
-    from huggingface_hub import errors, snapshot_download
-
-    at = f"{repo}@{revision}" if revision else repo
-    try:
-        folder = snapshot_download(
-            repo, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=list(files)
-        )
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{at}: access to this repository must be asked for. Accept its terms on the hub's page, then "
-            "run `hf auth login` or set HF_TOKEN."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{at}: the repository has no such branch, tag or commit.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{at}: no such repository on the hub, or it is private. Check the spelling; for a private one "
-            "run `hf auth login` or set HF_TOKEN."
-        ) from error
-    except errors.HFValidationError as error:
-        raise CheckpointError(f"{at}: not a valid hub id: {error}") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise CheckpointError(_not_reached(at, error)) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{at}: the download failed: {error}") from error
-    return Path(folder)
-
-
-def _not_reached(at: str, error: Exception) -> str:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return (
-            f"{at} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set. Unset it to download, or give a folder."
-        )
-    cause = error.__cause__ or error
-    return (
-        f"{at} is not in the Hugging Face cache, and the hub could not be reached ({type(cause).__name__}: "
-        f"{cause}). Check the network, or give a folder that holds the files."
     )

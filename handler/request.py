@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
-import re
 import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, cast
@@ -22,10 +19,9 @@ from pydantic import (
     create_model,
     model_validator,
 )
-from torch import Tensor
 
-from handler.audio import read_audio
 from handler.errors import RequestError
+from handler.upload import Upload, open_upload
 
 ALIASES = {
     "description": "prompt",
@@ -42,6 +38,13 @@ MAX_SEED = 2**63 - 1
 DRAWN_SEEDS = 2**53  # JavaScript's numbers keep every whole number below it
 MAX_CHARACTERS_PER_TOKEN = 32  # of a prompt; no word piece of T5's is longer
 
+CONDITION_FIELDS = {"chroma": ("melody",), "style": ("style", "eval_q", "excerpt_length", "ds_factor")}
+"""The fields that only models conditioned on this kind of audio have; the audio itself first."""
+
+MAX_STYLE_VECTORS = 512
+STYLE_VECTORS_PER_SECOND = 75  # MERT's; of these one in `ds_factor` is kept
+PUBLISHED_EXCERPT_LENGTH, PUBLISHED_DS_FACTOR = 3.0, 15  # what a style model takes for null
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -54,6 +57,7 @@ class Limits:
         max_upload_bytes, max_upload_seconds: of an uploaded audio file.
         frame_rate: the model's frames a second; a clip has at least one.
         window: seconds the model generates in one go.
+        melody: the kind of audio the model is conditioned on, `chroma` or `style`, or None.
     """
 
     max_duration: float
@@ -63,55 +67,17 @@ class Limits:
     max_upload_seconds: float
     frame_rate: float
     window: float
+    melody: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Audio:
-    """An uploaded waveform, float32 [C, T], and its sample rate in Hz."""
-
-    wav: Tensor
-    sample_rate: int
-
-    @property
-    def seconds(self) -> float:
-        return self.wav.shape[-1] / self.sample_rate
-
-    def excerpt(self, start: float, end: float) -> Audio:
-        """The part between two times in seconds."""
-        first, last = round(start * self.sample_rate), round(end * self.sample_rate)
-        return Audio(self.wav[:, first:last], self.sample_rate)
-
-
-def _decode_audio(value: Any, info: ValidationInfo) -> Audio | None:
+def _open_audio(value: Any, info: ValidationInfo) -> Upload | None:
     if value is None:
         return None
     limits = cast(Limits, info.context)
     field = str(info.field_name)
     if not isinstance(value, str | bytes | bytearray):
         raise RequestError(field, f"must be a base64 text or an uploaded file, not {shown(value)}")
-    # base64 takes 4 bytes for 3, and may be broken into lines
-    if len(value) > 2 * limits.max_upload_bytes:
-        raise RequestError(field, f"the audio must be at most {limits.max_upload_bytes} bytes")
-    data = _from_base64(value)
-    if data is None and isinstance(value, str):
-        raise RequestError(field, "the text is not valid base64")
-    data = bytes(value) if data is None else data  # type: ignore[arg-type]
-    if len(data) > limits.max_upload_bytes:
-        raise RequestError(field, f"the audio must be at most {limits.max_upload_bytes} bytes, not {len(data)}")
-    return Audio(*read_audio(data, field, limits.max_upload_seconds))
-
-
-def _from_base64(value: str | bytes | bytearray) -> bytes | None:
-    """The decoded bytes of a base64 text or data URL; None if it is neither (no audio file's bytes are)."""
-    if not value.isascii():
-        return None
-    text = value.encode() if isinstance(value, str) else bytes(value)
-    if text[:5] == b"data:":
-        text = text.partition(b",")[2]
-    try:
-        return base64.b64decode(re.sub(rb"[\r\n\t ]", b"", text), validate=True)
-    except binascii.Error:
-        return None
+    return open_upload(value, field, limits.max_upload_bytes, 1 / limits.frame_rate, limits.max_upload_seconds)
 
 
 def _draw_seed(value: Any = None) -> Any:
@@ -119,8 +85,8 @@ def _draw_seed(value: Any = None) -> Any:
 
 
 AudioField = Annotated[
-    InstanceOf[Audio] | None,
-    BeforeValidator(_decode_audio),
+    InstanceOf[Upload] | None,
+    BeforeValidator(_open_audio),
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "nullable": True}),
 ]
 
@@ -142,11 +108,11 @@ class GenerationRequest(BaseModel):
     duration: float = DEFAULT_DURATION
     """Seconds of the whole reply, a continued excerpt included."""
     melody: AudioField = None
-    """Audio whose melody to follow."""
+    """Audio (wav, flac, mp3, ogg) whose melody to follow, from its beginning on."""
     style: AudioField = None
-    """Audio whose style to follow."""
+    """Audio (wav, flac, mp3, ogg) whose style to take, from an excerpt of it."""
     continuation: AudioField = None
-    """Audio to continue."""
+    """Audio (wav, flac, mp3, ogg) to continue."""
     continuation_start: float | None = Field(default=None, ge=0)
     """Where the excerpt to continue begins in that audio, in seconds; null: at its beginning."""
     continuation_end: float | None = Field(default=None, gt=0)
@@ -223,8 +189,26 @@ class GenerationRequest(BaseModel):
         )
 
     @model_validator(mode="after")
+    def _check_style(self) -> Self:
+        for field in CONDITION_FIELDS["style"]:
+            if self.style is None and getattr(self, field) is not None:
+                raise RequestError(field, "needs the audio it is about, in `style`")
+        length = PUBLISHED_EXCERPT_LENGTH if self.excerpt_length is None else self.excerpt_length
+        factor = PUBLISHED_DS_FACTOR if self.ds_factor is None else self.ds_factor
+        vectors = math.ceil(length * STYLE_VECTORS_PER_SECOND / factor)
+        if vectors > MAX_STYLE_VECTORS:
+            raise RequestError(
+                "ds_factor" if self.excerpt_length is None else "excerpt_length",
+                f"{length:g} seconds and a ds_factor of {factor} make {vectors} vectors of style "
+                f"({STYLE_VECTORS_PER_SECOND} a second / ds_factor), and {MAX_STYLE_VECTORS} are the most; ask for at "
+                f"most {factor * MAX_STYLE_VECTORS / STYLE_VECTORS_PER_SECOND:.4g} seconds, or for a ds_factor of at "
+                f"least {math.ceil(length * STYLE_VECTORS_PER_SECOND / MAX_STYLE_VECTORS)}",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_excerpt(self, info: ValidationInfo) -> Self:
-        limits = cast(Limits, info.context)
+        frame_rate = cast(Limits, info.context).frame_rate
         audio, start, end = self.continuation, self.continuation_start, self.continuation_end
         if audio is None:
             for field in ("continuation_start", "continuation_end"):
@@ -235,27 +219,18 @@ class GenerationRequest(BaseModel):
             if time is not None and time > audio.seconds:
                 raise RequestError(field, f"must be at most {audio.seconds:.6g}, the audio's length, not {time:g}")
         start, end = start or 0.0, audio.seconds if end is None else end
-        if end - start < 1 / limits.frame_rate:
+        if end - start < 1 / frame_rate:
             raise RequestError(
                 "continuation_end" if self.continuation_end is not None else "continuation",
-                f"the excerpt to continue must last at least {1 / limits.frame_rate:.4g} seconds, "
-                f"not {end - start:.4g}",
+                f"the excerpt to continue must last at least {1 / frame_rate:.4g} seconds, not {end - start:.4g}",
             )
-        if math.ceil((end - start) * limits.frame_rate) >= int(self.duration * limits.frame_rate):
+        if math.ceil((end - start) * frame_rate) >= int(self.duration * frame_rate):
             raise RequestError(
                 "duration",
                 f"counts the excerpt to continue, {end - start:.6g} seconds, and must be longer than it; "
                 f"it is {self.duration:g}",
             )
         return self
-
-    @property
-    def excerpt(self) -> Audio | None:
-        """The part of the audio to continue from."""
-        if self.continuation is None:
-            return None
-        end = self.continuation.seconds if self.continuation_end is None else self.continuation_end
-        return self.continuation.excerpt(self.continuation_start or 0.0, end)
 
 
 def shown(value: Any) -> str:

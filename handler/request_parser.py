@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from handler.errors import RequestError
-from handler.request import ALIASES, GenerationRequest, Limits, shown
+from handler.registry import VARIANTS
+from handler.request import ALIASES, CONDITION_FIELDS, GenerationRequest, Limits, shown
 
-NOT_SERVED_YET = ("melody", "style", "eval_q", "excerpt_length", "ds_factor")
 PATHS_NOT_SERVED_YET = ("v1/audio/speech", "v1/models", "cancel")
 
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -39,11 +39,19 @@ class RequestParser:
     """From what TorchServe hands over to a `GenerationRequest`, for one archive."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._model = GenerationRequest.for_archive(limits)
         properties = self._model.model_json_schema()["properties"]
-        self.fields: dict[str, dict[str, Any]] = {name: _flat(schema) for name, schema in properties.items()}
+        self._of_others = {
+            name: kind for kind, names in CONDITION_FIELDS.items() for name in names if kind != limits.melody
+        }
+        self.fields: dict[str, dict[str, Any]] = {
+            name: _flat(schema) for name, schema in properties.items() if name not in self._of_others
+        }
         """Each field's JSON schema (type, bounds, choices, default, description), and its aliases."""
+        for schema in self.fields.values():
+            if "contentEncoding" in schema:
+                schema |= {"max_bytes": limits.max_upload_bytes, "max_seconds": limits.max_upload_seconds}
         for alias, name in ALIASES.items():
             self.fields[name].setdefault("aliases", []).append(alias)
 
@@ -111,6 +119,10 @@ class RequestParser:
         """Add fields under their own names; a field must come once, by whichever name."""
         for key, value in given.items():
             name = ALIASES.get(key, key)
+            if name in self._of_others:
+                if value is None:
+                    continue
+                raise RequestError(name, self._of_another_kind(name))
             if name not in self.fields:
                 close = difflib.get_close_matches(key[:40], [*self.fields, *ALIASES], n=1)
                 hint = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(self.fields)}"
@@ -120,25 +132,39 @@ class RequestParser:
                 raise RequestError(name, f"is given more than once (its other names: {others})")
             values[name] = value
 
+    def _of_another_kind(self, field: str) -> str:
+        audio = CONDITION_FIELDS[self._of_others[field]][0]
+        variants = ", ".join(variant.name for variant in VARIANTS.values() if audio in variant.conditioners)
+        kind = self.limits.melody
+        own = "takes neither `melody` nor `style`" if kind is None else f"takes a `{CONDITION_FIELDS[kind][0]}`"
+        return f"only models that take a {audio} have it (the variants {variants}); this model {own}"
+
     def _validate(self, values: dict[str, Any]) -> GenerationRequest:
-        try:
-            request = self._model.model_validate(values, context=self._limits)
-        except ValidationError as error:
-            raise self._complaint(error) from error
-        for field in NOT_SERVED_YET:
-            if getattr(request, field) is not None:
-                raise NotServedError(field, "is not served yet")
+        request = self._checked(values)
+        if isinstance(request, RequestError):
+            raise request
         if request.stream:
             raise NotServedError("stream", "streaming is not served yet; leave it out for the whole clip")
         if request.stream_format != "audio":
             raise NotServedError("stream_format", "streaming is not served yet; leave it out for the whole clip")
         return request
 
+    def _checked(self, values: dict[str, Any]) -> GenerationRequest | RequestError:
+        """The request, or what is wrong with it.
+
+        A ValidationError is not seen by the garbage collector. Raised from it, what it holds would refer to it in turn,
+        and with it whatever the request brought would stay in memory for ever.
+        """
+        try:
+            return self._model.model_validate(values, context=self.limits)
+        except ValidationError as error:
+            return self._complaint(error)
+
     def _complaint(self, error: ValidationError) -> RequestError:
         problem = error.errors(include_url=False)[0]
         cause = problem.get("ctx", {}).get("error")
         if isinstance(cause, RequestError):
-            return cause
+            return RequestError(cause.field, cause.message)
         field = str(problem["loc"][0])
         if problem["type"] == "string_unicode":
             return RequestError(field, "the text is not valid Unicode")

@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 
-from handler.conditioners.provider import DESCRIPTION
+from handler.conditioners.provider import DESCRIPTION, SELF_WAV
+from handler.conditioners.style import StyleConditioner
 from handler.conditioners.t5 import T5Conditioner
 from handler.engine.messages import (
     Card,
@@ -227,4 +228,12 @@ def _card_of(model: MusicGen) -> Card:
         conditioners=tuple(model.conditioners),
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
+        melody=_melody_of(model),
     )
+
+
+def _melody_of(model: MusicGen) -> str | None:
+    conditioner = model.conditioning.wavs.get(SELF_WAV)
+    if conditioner is None:
+        return None
+    return "style" if isinstance(conditioner, StyleConditioner) else "chroma"

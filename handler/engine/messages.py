@@ -22,6 +22,7 @@ class Card:
         conditioners: the names of its conditioners, as ("description",) or ("description", "self_wav").
         device: where it runs, as `cpu` or `cuda:0`.
         dtype: its language model's number format, as `float32`.
+        melody: the kind of audio it is conditioned on, `chroma` or `style`; None: none.
     """
 
     sample_rate: int
@@ -31,6 +32,7 @@ class Card:
     conditioners: tuple[str, ...]
     device: str
     dtype: str
+    melody: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,25 +4,35 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import zipfile
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from archive_scripts import archive as archive_module
 from archive_scripts.__main__ import main
-from archive_scripts.archive import HANDLER_PACKAGE, needed_auxiliaries
+from archive_scripts.archive import HANDLER_PACKAGE
 from archive_scripts.errors import CommandError
+from archive_scripts.files import workspace
+from archive_scripts.needs import needed_auxiliaries
 from archive_scripts.pack import default_name, pack, pack_if_needed
 from handler.debug_model import write_debug_checkpoint
+from handler.errors import CheckpointError
 from handler.settings import Settings
+from tests.checkpoints import write_export
 
-GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDENS = ROOT / "tests" / "goldens"
 HUB = GOLDENS / "hub"
+OTHER_SUMS = "MAR-INF/SHA256SUMS"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +87,7 @@ def test_nothing_else_is_inside(mono: Path) -> None:
     rest = {name for name in _names(mono) if not name.startswith(known)}
     assert rest == {
         "MAR-INF/MANIFEST.json",
+        "MAR-INF/SHA256SUMS",
         "checkpoint/SHA256SUMS",
         "checkpoint/compression_state_dict.bin",
         "checkpoint/state_dict.bin",
@@ -126,10 +137,108 @@ def test_the_code_in_an_archive_imports_without_this_tree(mono: Path, tmp_path: 
     assert Path(run.stdout.strip()) == tmp_path / "handler" / "__init__.py"
 
 
+def test_the_checksums_outside_the_checkpoint_are_those_of_every_other_file(mono: Path) -> None:
+    sums = {path: digest for digest, path in (line.split("  ") for line in _text(mono, OTHER_SUMS).splitlines())}
+    with zipfile.ZipFile(mono) as held:
+        files = [n for n in held.namelist() if not n.startswith("checkpoint/") and n != OTHER_SUMS]
+        assert sums == {n: hashlib.sha256(held.read(n)).hexdigest() for n in files}
+
+
+@pytest.mark.parametrize("name", ["melody", "style"])
+def test_packing_twice_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "copy"
+    shutil.copytree(GOLDENS / name, checkpoint)  # files of another age
+    first = pack(str(GOLDENS / name), "model", tmp_path / "first", hub_dir=HUB)
+    second = pack(str(checkpoint), "model", tmp_path / "second", hub_dir=HUB)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_folder_holds_what_the_file_does(mono: Path, tmp_path: Path) -> None:
+    arguments = ["--hub-dir", str(HUB), "--output", str(tmp_path), "--format", "no-archive"]
+    assert main(["pack", str(GOLDENS / "text_mono"), *arguments]) == 0
+    folder = tmp_path / "text_mono"
+    assert list(tmp_path.iterdir()) == [folder]
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == _names(mono)
+    with zipfile.ZipFile(mono) as held:
+        assert all((folder / name).read_bytes() == held.read(name) for name in files)
+
+
+def test_a_folder_is_replaced_as_a_whole_but_only_if_it_is_an_archive(tmp_path: Path) -> None:
+    source: dict[str, Any] = {"variant": str(GOLDENS / "text_mono"), "output": tmp_path, "hub_dir": HUB}
+    folder = pack(**source, archive_format="no-archive")
+    (folder / "stray").touch()
+    pack(**source, archive_format="no-archive")
+    assert not (folder / "stray").exists()
+    assert list(tmp_path.iterdir()) == [folder]
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(CommandError, match="this folder is there and is no archive; choose another --name"):
+        pack(**source, name="mine", archive_format="no-archive")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_htdemucs_is_packed_as_tensors_and_plain_json_alone(tmp_path: Path) -> None:
+    archive = pack(str(GOLDENS / "melody"), output=tmp_path, hub_dir=HUB)
+    inside = {name for name in _names(archive) if "htdemucs/" in name}
+    folder = "checkpoint/hub/htdemucs"
+    assert inside == {f"{folder}/htdemucs.json", f"{folder}/htdemucs.safetensors"}
+
+
 def test_what_a_checkpoint_needs_is_read_from_its_own_files(tmp_path: Path) -> None:
     assert needed_auxiliaries(GOLDENS / "text_mono") == ["t5-base"]
     assert needed_auxiliaries(GOLDENS / "stereo_hf") == ["t5-base", "facebook/encodec_32khz"]
+    assert needed_auxiliaries(GOLDENS / "melody") == ["htdemucs", "t5-base"]
+    assert needed_auxiliaries(GOLDENS / "style") == ["MERT-v1-95M", "t5-base"]
     assert needed_auxiliaries(write_debug_checkpoint(tmp_path)) == ["t5-base"]
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "needs"),
+    [
+        ("dac_44khz", ["t5-base", "descript/dac_44khz"]),
+        ("debug_compression_model", ["t5-base"]),
+        ("../export", ["t5-base"]),
+        ("someone/codec", ["t5-base", "someone/codec"]),
+    ],
+)
+def test_what_a_codec_s_pointer_needs_depends_on_what_it_names(
+    pretrained: str, needs: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(GOLDENS / "text_mono", tmp_path / "export")
+    checkpoint = _pointing(tmp_path / "checkpoint", pretrained)
+    assert needed_auxiliaries(checkpoint) == needs
+
+
+def test_a_style_model_that_listens_through_a_codec_needs_that_codec(tmp_path: Path) -> None:
+    config = yaml.safe_load(torch.load(GOLDENS / "style" / "state_dict.bin", weights_only=True)["xp.cfg"])
+    config["conditioners"]["self_wav"]["style"]["model_name"] = "encodec"
+    write_export(tmp_path / "state_dict.bin", {}, config)
+    shutil.copy(GOLDENS / "style" / "compression_state_dict.bin", tmp_path)
+    assert sorted(needed_auxiliaries(tmp_path)) == ["facebook/encodec_32khz", "t5-base"]
+
+
+def test_a_codec_on_this_machine_takes_the_place_of_its_pointer(tmp_path: Path) -> None:
+    shutil.copytree(GOLDENS / "text_mono", tmp_path / "export")
+    archive = pack(str(_pointing(tmp_path / "tune", "../export")), output=tmp_path, hub_dir=HUB)
+    with zipfile.ZipFile(archive) as held:
+        packed = held.read("checkpoint/compression_state_dict.bin")
+    assert packed == (GOLDENS / "text_mono" / "compression_state_dict.bin").read_bytes()
+
+
+def test_pointers_in_a_circle_are_refused(tmp_path: Path) -> None:
+    _pointing(tmp_path / "one", "../two")
+    _pointing(tmp_path / "two", "../one")
+    with pytest.raises(CheckpointError, match="points back to itself"):
+        needed_auxiliaries(tmp_path / "one")
+
+
+def _pointing(folder: Path, pretrained: str) -> Path:
+    folder.mkdir()
+    shutil.copy(GOLDENS / "text_mono" / "state_dict.bin", folder)
+    torch.save({"pretrained": pretrained}, folder / "compression_state_dict.bin")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -154,7 +263,7 @@ def test_a_mistake_is_one_line_on_stderr_and_leaves_nothing(
 
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(archive_module.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(CommandError, match=r"are needed and 1\.0 kB are free on this disk"):
         pack(str(GOLDENS / "text_mono"), output=tmp_path, hub_dir=HUB)
     assert not list(tmp_path.iterdir())
@@ -169,11 +278,58 @@ def test_a_failure_while_writing_keeps_the_archive_that_was_there(
     def fail(*arguments: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(archive_module.ModelExportUtils, "archive", fail)
+    monkeypatch.setattr(archive_module, "copy_stream", fail)
     with pytest.raises(OSError, match="disk full"):
         pack(str(GOLDENS / "text_mono"), output=tmp_path, hub_dir=HUB)
     assert archive.read_bytes() == b"the old one"
     assert list(tmp_path.iterdir()) == [archive]
+
+
+SLOW_PACK = """
+import sys, time
+from archive_scripts import archive
+from archive_scripts.__main__ import main
+def never_ends(*arguments):
+    print("writing", flush=True)
+    time.sleep(600)
+archive.copy_stream = never_ends
+"""
+
+
+@pytest.mark.parametrize("archive_format", ["zip-store", "no-archive"])
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_pack_leaves_no_archive_and_the_next_one_nothing_of_it(
+    ending: signal.Signals, archive_format: str, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    arguments = ["pack", str(GOLDENS / "text_mono"), "--hub-dir", str(HUB), "--output", str(store)]
+    arguments += ["--format", archive_format]
+    main_part = (ROOT / "archive_scripts" / "__main__.py").read_text().split('if __name__ == "__main__":\n')[1]
+    script = SLOW_PACK + "import signal\n" + "".join(line[4:] for line in main_part.splitlines(keepends=True))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    packing = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert packing.stdout is not None
+    assert packing.stdout.readline() == "writing\n"
+    packing.send_signal(ending)
+    code = packing.wait(timeout=60)
+    packing.stdout.close()
+    assert not [path for path in store.iterdir() if not path.name.startswith(".")]
+    if ending != signal.SIGKILL:
+        assert code == 130
+        assert not list(store.iterdir())
+    assert main(arguments) == 0
+    assert len(list(store.iterdir())) == 1
+
+
+def test_what_another_process_is_packing_is_left_alone(tmp_path: Path) -> None:
+    with workspace(tmp_path, "small") as theirs:
+        with workspace(tmp_path, "small") as ours:
+            assert theirs != ours
+            assert theirs.is_dir()
+        assert [path.name for path in tmp_path.iterdir()] == [theirs.name]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

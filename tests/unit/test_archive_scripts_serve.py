@@ -21,6 +21,7 @@ from archive_scripts.machine import (
     java_version,
     server_environment,
 )
+from archive_scripts.members import is_archive, model_name
 from archive_scripts.server import CONFIG, TorchServe, load_error, read_properties, write_properties
 
 WORKER = "2000-01-01T00:00:00,000 [INFO ] W-9000-debug_1.0-stdout MODEL_LOG - "
@@ -170,7 +171,33 @@ def test_two_variants_of_one_name_are_refused(tmp_path: Path, capsys: pytest.Cap
     assert "the same name on the server: debug, debug" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["list", "debug", "pack", "serve", "generate"])
+def test_archives_of_two_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder}.mar").touch()
+    assert main(["serve", str(tmp_path / "one" / "one.mar"), str(tmp_path / "two" / "two.mar")]) == 2
+    assert "all archives must be in one folder, the model store" in capsys.readouterr().err
+
+
+def test_an_archive_is_a_mar_file_or_a_folder_with_a_manifest(tmp_path: Path) -> None:
+    (tmp_path / "v1.5" / "MAR-INF").mkdir(parents=True)
+    assert not is_archive(tmp_path / "v1.5")
+    (tmp_path / "v1.5" / "MAR-INF" / "MANIFEST.json").touch()
+    (tmp_path / "v1.5.mar").touch()
+    for path in (tmp_path / "v1.5", tmp_path / "v1.5.mar"):
+        assert is_archive(path)
+        assert model_name(path) == "v1.5"
+    assert not is_archive(Path("small"))
+
+
+def test_a_folder_needs_no_room_to_be_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large").mkdir()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6, 0))
+    TorchServe([tmp_path / "large"], free_port())
+
+
+@pytest.mark.parametrize("command", ["list", "fetch", "export", "debug", "pack", "verify", "serve", "generate"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

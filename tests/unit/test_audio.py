@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import soundfile
 import torch
 
 from handler import audio
-from handler.errors import RequestError
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 FORMATS = ("wav", "flac", "mp3", "ogg", "pcm")
@@ -26,87 +24,6 @@ def file_of(wav: torch.Tensor, sample_rate: int, container: str, subtype: str) -
     buffer = io.BytesIO()
     soundfile.write(buffer, wav.T.numpy(), sample_rate, format=container, subtype=subtype)
     return buffer.getvalue()
-
-
-def wav_claiming(samples: int, there: bytes = b"", sample_rate: int = 16_000) -> bytes:
-    size = samples * 2
-    return (
-        b"RIFF"
-        + struct.pack("<I", (36 + size) & 0xFFFFFFFF)
-        + b"WAVEfmt "
-        + struct.pack("<IHHIIHH", 16, 1, 1, sample_rate, sample_rate * 2, 2, 16)
-        + b"data"
-        + struct.pack("<I", size & 0xFFFFFFFF)
-        + there
-    )
-
-
-def read(data: bytes, max_seconds: float = 10.0) -> tuple[torch.Tensor, int]:
-    return audio.read_audio(data, "continuation", max_seconds)
-
-
-@pytest.mark.parametrize(
-    ("container", "subtype", "sample_rate"),
-    [
-        ("WAV", "PCM_16", 44_100),
-        ("WAV", "FLOAT", 32_000),
-        ("FLAC", "PCM_24", 48_000),
-        ("MP3", "MPEG_LAYER_III", 44_100),
-        ("OGG", "OPUS", 48_000),
-        ("OGG", "VORBIS", 22_050),
-    ],
-)
-def test_each_upload_format_is_read_with_its_channels_rate_and_length(
-    container: str, subtype: str, sample_rate: int
-) -> None:
-    wav, rate = read(file_of(tone(0.5, sample_rate, channels=2), sample_rate, container, subtype))
-    assert wav.dtype == torch.float32
-    assert rate == sample_rate
-    assert wav.shape == (2, sample_rate // 2)
-
-
-def test_a_wav_keeps_its_samples() -> None:
-    wav = tone(0.25)
-    assert torch.equal(read(file_of(wav, 32_000, "WAV", "FLOAT"))[0], wav)
-
-
-def test_a_wav_from_a_pipe_whose_header_cannot_know_its_length_is_read() -> None:
-    wav, _ = read(wav_claiming(0x7FFFFFFF, there=bytes(3200)))
-    assert wav.shape == (1, 1600)
-
-
-@pytest.mark.parametrize(
-    ("data", "complaint"),
-    [
-        (b"", "empty"),
-        (b"\x00" * 4096, "not a readable"),
-        (b"<html>no audio here</html>", "not a readable"),
-        (wav_claiming(0), "no samples"),
-        (wav_claiming(16_000 * 36_000), "truncated"),
-        (wav_claiming(48_000 * 36_000, sample_rate=48_000), "no samples"),
-        (wav_claiming(16_000, there=bytes(8_000)), "truncated"),
-        (wav_claiming(100, there=bytes(200), sample_rate=44_101), "sample rate"),
-        (wav_claiming(100, there=bytes(200), sample_rate=1_000), "sample rate"),
-        (file_of(tone(0.1), 32_000, "AIFF", "PCM_16"), "AIFF files are not read"),
-        (file_of(tone(11.0), 32_000, "FLAC", "PCM_16"), "at most 10 seconds long, not 11"),
-        (file_of(tone(0.1, channels=9), 32_000, "WAV", "PCM_16"), "channels, not 9"),
-        (file_of(torch.full((1, 100), torch.nan), 32_000, "WAV", "FLOAT"), "not finite"),
-        (file_of(torch.full((1, 100), torch.inf), 32_000, "WAV", "FLOAT"), "not finite"),
-        *(
-            (file_of(tone(3.0, rate), rate, container, subtype)[: int(cut)], "truncated")
-            for container, subtype, rate, cut in [
-                ("WAV", "PCM_16", 32_000, 9_999),
-                ("FLAC", "PCM_16", 32_000, 20_000),
-                ("MP3", "MPEG_LAYER_III", 32_000, 8_000),
-                ("OGG", "OPUS", 48_000, 8_000),
-            ]
-        ),
-    ],
-)
-def test_a_bad_upload_is_refused_with_its_field_and_the_reason(data: bytes, complaint: str) -> None:
-    with pytest.raises(RequestError, match=complaint) as caught:
-        read(data)
-    assert caught.value.field == "continuation"
 
 
 def test_conversion_equals_the_reference() -> None:
@@ -188,22 +105,24 @@ def test_the_same_waveform_and_seed_give_the_same_bytes(audio_format: str, chann
     assert first == second
 
 
-@pytest.mark.parametrize("audio_format", ["wav", "flac", "ogg"])
+@pytest.mark.parametrize("audio_format", ["wav", "flac", "mp3", "ogg"])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_an_encoded_clip_decodes_to_its_length_and_rate(audio_format: str, channels: int) -> None:
-    encoded = audio.encode(tone(0.5, channels=channels), 32_000, audio_format, seed=1)
+@pytest.mark.parametrize(("sample_rate", "samples"), [(32_000, 16_000), (32_000, 640), (16_000, 25_920), (44_100, 883)])
+def test_an_encoded_clip_decodes_to_its_length_and_rate(
+    audio_format: str, channels: int, sample_rate: int, samples: int
+) -> None:
+    wav = tone(samples / sample_rate, sample_rate, channels)
+    encoded = audio.encode(wav, sample_rate, audio_format, seed=1)
     decoded, rate = soundfile.read(io.BytesIO(encoded.data), always_2d=True)
-    assert rate == encoded.sample_rate == (48_000 if audio_format == "ogg" else 32_000)
-    assert decoded.shape == (rate // 2, channels)
+    assert rate == encoded.sample_rate == (48_000 if audio_format == "ogg" else sample_rate)
+    assert decoded.shape == (wav.shape[1] * rate // sample_rate, channels)
 
 
-@pytest.mark.parametrize("sample_rate", [16_000, 32_000, 44_100])
-def test_mp3_holds_the_clip_between_the_encoder_s_own_padding(sample_rate: int) -> None:
-    encoded = audio.encode(tone(2.0, sample_rate), sample_rate, "mp3", seed=1)
-    decoded, rate = soundfile.read(io.BytesIO(encoded.data))
-    assert rate == encoded.sample_rate == sample_rate
-    assert 2 * rate <= len(decoded) <= 2 * rate + 4 * 1152
-    assert np.sqrt((decoded[rate // 2 : rate] ** 2).mean()) == pytest.approx(0.3 / np.sqrt(2), rel=0.1)
+@pytest.mark.parametrize("audio_format", ["wav", "flac", "mp3"])
+def test_an_encoded_clip_sounds_like_itself_in_each_channel(audio_format: str) -> None:
+    wav = tone(2.0, channels=2)
+    decoded, _ = soundfile.read(io.BytesIO(audio.encode(wav, 32_000, audio_format, seed=1).data))
+    assert np.abs(decoded[3_200:-3_200] - wav.T.numpy()[3_200:-3_200]).max() < 0.01
 
 
 def test_pcm_is_interleaved_little_endian() -> None:

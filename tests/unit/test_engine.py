@@ -35,7 +35,7 @@ class FakeModel:
 
     sample_rate, frame_rate, audio_channels, max_duration = 32_000, 50.0, 1, 30.0
     conditioners = ("description",)
-    conditioning = SimpleNamespace(texts={})
+    conditioning = SimpleNamespace(texts={}, wavs={})
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import logging
+import math
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from ts.context import Context
 
@@ -44,11 +49,11 @@ class WoodenEngine:
         return Card(32_000, 1, 50.0, 30.0, ("description",), "cpu", "float32")
 
 
-def handler_with(*events: Event | BaseException) -> tuple[MusicGenHandler, WoodenEngine]:
+def handler_with(*events: Event | BaseException, melody: str | None = None) -> tuple[MusicGenHandler, WoodenEngine]:
     handler = MusicGenHandler()
     engine: Any = WoodenEngine(*events)
     handler.engine, handler.variant = engine, "small"
-    handler.parser = RequestParser(Limits(120.0, 600.0, 512, 1_000_000, 60.0, 50.0, 30.0))
+    handler.parser = RequestParser(Limits(120.0, 600.0, 512, 1_000_000, 600.0, 50.0, 30.0, melody))
     return handler, engine
 
 
@@ -90,6 +95,54 @@ def test_both_ways_of_asking_give_the_description() -> None:
     assert (got["variant"], got["sample_rate"], got["channels"]) == ("small", 32_000, 1)
     assert got["fields"]["duration"]["maximum"] == got["max_duration"] == 120
     assert got["conditioners"] == ["description"]
+
+
+def flac_of(seconds: float) -> str:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.tile(np.linspace(-0.5, 0.5, 8_000), (2, math.ceil(seconds))).T, 8_000, format="FLAC")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_a_melody_reaches_the_engine_as_far_as_it_can_be_heard() -> None:
+    handler, engine = handler_with(CLIP, melody="chroma")
+    for seconds in (5, 90):
+        body = {"melody": flac_of(seconds), "duration": 10}
+        assert handled(handler, {"body": body}, JSON).status == 200
+    short, long = (job.clip for job in engine.jobs)
+    assert short.melody is not None
+    assert long.melody is not None
+    assert (short.melody.shape, long.melody.shape) == ((2, 40_000), (2, 70 * 8_000))
+    assert short.melody_sample_rate == long.melody_sample_rate == 8_000
+
+
+def test_a_style_reaches_the_engine_whole_with_how_to_look_at_it() -> None:
+    handler, engine = handler_with(CLIP, melody="style")
+    body = {"style": flac_of(90), "eval_q": 2, "excerpt_length": 1.5, "ds_factor": 5, "cfg_coef_beta": 4.0}
+    assert handled(handler, {"body": body}, JSON).status == 200
+    [job] = engine.jobs
+    assert job.clip.melody is not None
+    assert job.clip.melody.shape == (2, 90 * 8_000)
+    params = job.params
+    assert (params.eval_q, params.excerpt_length, params.ds_factor, params.cfg_coef_beta) == (2, 1.5, 5, 4.0)
+
+
+def test_the_part_to_continue_reaches_the_engine() -> None:
+    handler, engine = handler_with(CLIP)
+    body = {"continuation": flac_of(90), "continuation_start": 88, "continuation_end": 89.5, "melody": None}
+    assert handled(handler, {"body": body}, JSON).status == 200
+    [job] = engine.jobs
+    assert job.clip.continuation is not None
+    assert (job.clip.continuation.shape, job.clip.continuation_sample_rate) == ((2, 12_000), 8_000)
+    assert job.clip.melody is None
+
+
+def test_audio_that_turns_out_damaged_is_the_client_s_error() -> None:
+    handler, engine = handler_with(CLIP, melody="chroma")
+    damaged = base64.b64encode(base64.b64decode(flac_of(5))[:9_000]).decode()
+    message = handled(handler, {"body": {"melody": damaged}}, JSON)
+    assert message.status == 400
+    assert json.loads(message.body)["error"]["field"] == "melody"
+    assert not engine.jobs
 
 
 @pytest.mark.parametrize(

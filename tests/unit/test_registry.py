@@ -164,6 +164,7 @@ def _http(kind: Callable[..., Exception], status: int) -> Exception:
         (_http(errors.RevisionNotFoundError, 404), "someone/jingles@v2: the repository has no such branch"),
         (_http(errors.HfHubHTTPError, 503), "the download failed: refused"),
         (errors.LocalEntryNotFoundError("nothing cached"), "the hub could not be reached"),
+        (httpx2.ConnectError("refused"), r"the hub could not be reached \(ConnectError: refused\)"),
         (errors.HFValidationError("bad id"), "not a valid hub id"),
         (OSError(28, "No space left on device"), "the download failed: .*No space left"),
     ],

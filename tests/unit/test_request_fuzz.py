@@ -13,12 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from handler.errors import RequestError
-from handler.params import GenerationParams
+from handler.musicgen_handler import clip_of, params_of
 from handler.reply import error_reply
 from handler.request import ALIASES, GenerationRequest, Limits
 from handler.request_parser import RequestParser
 
-PARSER = RequestParser(Limits(120.0, 600.0, 512, 100_000, 10.0, 50.0, 30.0))
+PARSERS = {
+    "melody": RequestParser(Limits(120.0, 600.0, 512, 100_000, 10.0, 50.0, 30.0, "chroma")),
+    "style": RequestParser(Limits(120.0, 600.0, 512, 100_000, 10.0, 50.0, 30.0, "style")),
+    "continuation": RequestParser(Limits(120.0, 600.0, 512, 100_000, 10.0, 50.0, 30.0)),
+}
 NAMES = [*GenerationRequest.model_fields, *ALIASES]
 FUZZ = settings(
     max_examples=1500, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
@@ -91,12 +95,14 @@ content_types = st.sampled_from(
         "\x00",
     ]
 )
+parsers = st.sampled_from([*PARSERS.values()])
 paths = st.sampled_from(["", "/", "play/x.mp3", "play/.", "play/", "v1/models", "cancel", "../..", "play/\ud800.wav"])
 
 
-def check(row: dict[str, Any], headers: dict[str, str]) -> None:
+def check(row: dict[str, Any], headers: dict[str, str], parser: RequestParser) -> None:
     try:
-        request = PARSER.parse(row, headers)
+        request = parser.parse(row, headers)
+        clip = clip_of(request, 30.0) if request is not None else None
     except RequestError as error:
         reply = error_reply(error, "id")
         assert reply.status in (400, 404, 415, 501)
@@ -108,41 +114,38 @@ def check(row: dict[str, Any], headers: dict[str, str]) -> None:
     if request is not None:
         assert 0.02 <= request.duration <= 120
         assert 0 <= request.seed < 2**63
-        GenerationParams(
-            use_sampling=request.use_sampling,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            temperature=request.temperature,
-            duration=request.duration,
-            cfg_coef=request.cfg_coef,
-            cfg_coef_beta=request.cfg_coef_beta,
-            seed=request.seed,
-        )
+        params_of(request)
         (request.prompt or "").encode()
-        if request.excerpt is not None:
-            assert request.excerpt.wav.isfinite().all()
-            assert request.excerpt.seconds < request.duration
+        assert clip is not None
+        for wav, rate in (
+            (clip.melody, clip.melody_sample_rate),
+            (clip.continuation, clip.continuation_sample_rate),
+        ):
+            if wav is not None and rate is not None:
+                assert wav.isfinite().all()
+                assert 0.02 <= wav.shape[-1] / rate < 10.1
 
 
 @FUZZ
-@given(fields)
-def test_any_json_object_is_answered(body: dict[str, Any]) -> None:
-    check({"body": body}, {"content-type": "application/json"})
+@given(fields, parsers)
+def test_any_json_object_is_answered(body: dict[str, Any], parser: RequestParser) -> None:
+    check({"body": body}, {"content-type": "application/json"}, parser)
 
 
 @FUZZ
 @given(st.binary(max_size=200) | anything.map(lambda value: json.dumps(value).encode()), content_types, paths)
 def test_any_body_of_any_type_at_any_path_is_answered(body: bytes, content_type: str, path: str) -> None:
-    check({"body": bytearray(body)}, {"content-type": content_type, "url_path": path})
+    check({"body": bytearray(body)}, {"content-type": content_type, "url_path": path}, PARSERS["style"])
 
 
 @FUZZ
-@given(form_rows, content_types)
-def test_any_form_is_answered(row: dict[str, Any], content_type: str) -> None:
-    check(row, {"content-type": content_type})
+@given(form_rows, content_types, parsers)
+def test_any_form_is_answered(row: dict[str, Any], content_type: str, parser: RequestParser) -> None:
+    check(row, {"content-type": content_type}, parser)
 
 
 @FUZZ
-@given(damaged_files(), st.sampled_from(["continuation", "melody", "style"]))
+@given(damaged_files(), st.sampled_from([*PARSERS]))
 def test_any_damaged_upload_is_answered(data: bytes, field: str) -> None:
-    check({field: bytearray(data), "duration": bytearray(b"20")}, {"content-type": "multipart/form-data"})
+    row = {field: bytearray(data), "duration": bytearray(b"20")}
+    check(row, {"content-type": "multipart/form-data"}, PARSERS[field])
