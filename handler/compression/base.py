@@ -60,13 +60,15 @@ class CompressionModel(nn.Module, ABC):
             ValueError: the shape, dtype or range is another one, or a scale has no meaning here.
         """
 
-    @abstractmethod
     def set_num_codebooks(self, n: int) -> None:
         """Use the first `n` codebooks in `encode`.
 
         Raises:
             ValueError: `n` is out of bounds, which the message names.
         """
+        if not 1 <= n <= self.total_codebooks:
+            raise ValueError(f"the number of codebooks must be from 1 to {self.total_codebooks}, got {n}")
+        self.num_codebooks = n
 
     def check_wav(self, wav: Tensor) -> None:
         """Raise a ValueError unless `wav` is what `encode` takes."""

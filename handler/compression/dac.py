@@ -36,11 +36,6 @@ class DacCompression(CompressionModel):
         self.model = model
         self.requires_grad_(False).eval()
 
-    def set_num_codebooks(self, n: int) -> None:
-        if not 1 <= n <= self.total_codebooks:
-            raise ValueError(f"the number of codebooks must be from 1 to {self.total_codebooks}, got {n}")
-        self.num_codebooks = n
-
     def encode(self, wav: Tensor) -> tuple[Tensor, Tensor | None]:
         """As every compression model: zeros fill the last frame, as Descript's own preprocessing does.
 

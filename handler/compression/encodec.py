@@ -57,11 +57,6 @@ class EncodecModel(CompressionModel):
         self.quantizer = ResidualVectorQuantizer(config.encoder.dimension, config.codebooks, config.bins)
         self.requires_grad_(False).eval()
 
-    def set_num_codebooks(self, n: int) -> None:
-        if not 1 <= n <= self.total_codebooks:
-            raise ValueError(f"the number of codebooks must be from 1 to {self.total_codebooks}, got {n}")
-        self.num_codebooks = n
-
     def encode(self, wav: Tensor) -> tuple[Tensor, Tensor | None]:
         self.check_wav(wav)
         scale = None

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import pickle
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from handler.compression.conv import PAD_MODES
 from handler.compression.encodec import EncodecConfig, EncodecModel
 from handler.compression.seanet import SEANetConfig
 from handler.compression.state import load_weights
-from handler.errors import CheckpointError
+from handler.model_folder import read_model_config, read_model_weights
 from handler.section import Section
-
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_huggingface_encodec(folder: Path) -> EncodecModel:
@@ -29,25 +20,16 @@ def load_huggingface_encodec(folder: Path) -> EncodecModel:
         CheckpointError: a file is absent or unreadable, `config.json` names what can't be honoured, or the
             weights don't fit it.
     """
-    model = _read_config(folder / "config.json").build()
-    path = next((path for name in WEIGHTS if (path := folder / name).is_file()), None)
-    if path is None:
-        raise CheckpointError(f"{folder}: no {' or '.join(WEIGHTS)}; fetch the whole EncodecModel repository")
-    load_weights(model, _read_weights(path), str(path), _file_key)
+    model = _read_config(folder).build()
+    path, weights = read_model_weights(folder)
+    load_weights(model, weights, str(path), _file_key)
     return model
 
 
-def _read_config(path: Path) -> EncodecConfig:
+def _read_config(folder: Path) -> EncodecConfig:
     """The defaults are those of transformers' EncodecConfig."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; fetch the whole EncodecModel repository") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); fetch it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: not a JSON object; fetch it again")
-    section = Section(str(path), (("", config),))
+    config = read_model_config(folder)
+    section = Section(str(folder / "config.json"), (("", config),))
     section.choice("model_type", "encodec", ["encodec"])
     if section.get("chunk_length_s") is not None:
         raise section.error("chunk_length_s", "must be null: coding in overlapping chunks isn't supported")
@@ -96,18 +78,6 @@ def _codebooks(section: Section, frame_rate: float, bins: int) -> int:
     if codebooks < 1:
         raise section.error("target_bandwidths", "must hold one that pays for a codebook")
     return codebooks
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: can't be read ({error}); fetch it again") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path}: not a state dict of tensors; fetch the EncodecModel's own weights")
-    return state
 
 
 def _file_key(name: str) -> str:
