@@ -1,5 +1,6 @@
 # make serve   a server on this machine, answering curl, with a first clip saved
-# make test    lint, types and every test
+# make test    lint, types and every test but the load
+# make load    the load: many requests at once, and a thousand one after another
 VARIANT ?= debug
 PORT ?= 8080
 
@@ -9,13 +10,16 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 
-.PHONY: serve test lint clean
+.PHONY: serve test load lint clean
 
 serve: .venv/serving
 	exec $(BIN)/python -m archive_scripts serve $(VARIANT) --port $(PORT) --open
 
 test: lint
 	$(BIN)/python -m pytest
+
+load: .venv/development
+	$(BIN)/python -m pytest -m load --capture=no
 
 lint: .venv/development
 	$(BIN)/ruff check

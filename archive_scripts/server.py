@@ -54,6 +54,8 @@ class TorchServe:
 
     def __init__(self, archives: Sequence[Path], port: int, open_profile: bool = False, config: Path = CONFIG) -> None:
         self._properties = read_properties(config)
+        if metrics := self._properties.get("metrics_config"):
+            self._properties["metrics_config"] = str((config.parent / metrics).resolve())
         self._open = open_profile
         hosts = [urlsplit(self._properties.get(key, "http://127.0.0.1")).hostname or "" for key in ADDRESSES]
         if open_profile and not all(is_loopback(host) for host in hosts):
@@ -155,6 +157,8 @@ class TorchServe:
                 return reply.read(), dict(reply.headers)
         except urllib.error.HTTPError as error:
             answer = error.read().decode(errors="replace")
+            if error.code == 503 and (cause := unavailable(answer)):
+                raise CommandError(f"{model} cannot be served: {cause}\n(logs: {self.folder})") from error
             raise CommandError(f"{url} answered {error.code}: {answer}\n{self._log_tail()}") from error
         except OSError as error:
             raise CommandError(f"{url} did not answer: {error}\n{self._log_tail()}") from error
@@ -220,6 +224,15 @@ class TorchServe:
     def _log_tail(self) -> str:
         lines = [line for line in self._log().splitlines() if "ACCESS_LOG" not in line]
         return "\n".join([*lines[-LOG_TAIL_LINES:], f"(logs: {self.folder})"])
+
+
+def unavailable(answer: str) -> str | None:
+    """Why a model cannot be served, as its handler answered; None if it answered something else."""
+    try:
+        error = json.loads(answer)["error"]
+        return str(error["message"]) if error["type"] == "unavailable" else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def load_error(log: str) -> str | None:

@@ -19,8 +19,8 @@ AUXILIARIES = {
 T5_DIMS = {"t5-base": 768, "t5-large": 1024}
 STYLE_DIM, STYLE_LAYERS, STYLE_CODEBOOKS, STYLE_BINS = 512, 8, 6, 1024
 
-# One request: the model's own window with guidance, which takes two rows, and a prompt of some twenty tokens.
-ROWS, PROMPT_TOKENS, MELODY_FRAMES, STYLE_FRAMES = 2, 20, 235, 15
+# One request: the model's own window with guidance, which takes two rows, and the longest conditions in front of it.
+ROWS, PROMPT_TOKENS, MELODY_FRAMES, STYLE_FRAMES = 2, 512, 235, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def lm_parameters(variant: Variant) -> int:
 
 
 def cache_values(variant: Variant) -> int:
-    """The keys and values that one request keeps: of every layer, row and position."""
+    """The keys and values claimed for one request: of every layer, row and position."""
     prefix = 0 if variant.conditioners == ("description",) else PROMPT_TOKENS
     prefix += MELODY_FRAMES if "melody" in variant.conditioners else 0
     prefix += STYLE_FRAMES if "style" in variant.conditioners else 0

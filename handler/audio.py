@@ -156,7 +156,7 @@ def encode(wav: Tensor, sample_rate: int, audio_format: str, seed: int) -> Encod
         case "flac":
             data = _write(pcm, sample_rate, "FLAC", "PCM_16")
         case "ogg":
-            data = set_ogg_serial(_write(pcm, sample_rate, "OGG", "OPUS"), serial=zlib.crc32(b"%d" % seed))
+            data = set_ogg_serial(_write(pcm, sample_rate, "OGG", "OPUS"), ogg_serial(seed))
         case "mp3":
             data = _write_mp3(pcm, sample_rate)
         case "pcm":
@@ -191,6 +191,11 @@ def _write_mp3(pcm: np.ndarray, sample_rate: int) -> bytes:
         compression_level=MP3_QUALITY,
     )
     return buffer.getvalue()
+
+
+def ogg_serial(seed: int) -> int:
+    """The stream serial number of an ogg file, from the request's seed."""
+    return zlib.crc32(b"%d" % seed)
 
 
 def set_ogg_serial(data: bytes, serial: int) -> bytes:

@@ -25,3 +25,7 @@ class RequestError(ValueError):
 
     def __reduce__(self) -> tuple[type[RequestError], tuple[str | None, str]]:
         return type(self), (self.field, self.message)
+
+
+class UnknownRequestError(RequestError):
+    """There is no request of the id that was to be cancelled."""

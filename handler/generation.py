@@ -66,11 +66,16 @@ class Generation:
             known, first_frame = first_frame + frames, first_frame + self.stride
         return spans
 
+    @property
+    def finished(self) -> bool:
+        """Whether all frames are there."""
+        return self.codes.shape[1] >= self.num_frames
+
     def next_window(self) -> Window | None:
         """The next window to generate, or None when all frames are there."""
-        known = self.codes.shape[1]
-        if known >= self.num_frames:
+        if self.finished:
             return None
+        known = self.codes.shape[1]
         pattern, frames = self._pattern, self._window_frames
         prompt = self.codes[:, self._first_frame :]  # [K, known frames of the window]
         codes = torch.full((1, len(prompt), frames), UNKNOWN)  # [1, K, frames]

@@ -18,8 +18,9 @@ from handler.checkpoint import COMPRESSION_FILE, LM_FILE, Pointer, read_checkpoi
 from handler.compression import CompressionModel
 from handler.conditioners.base import WavInput
 from handler.conditioners.fuser import Fuser
-from handler.conditioners.provider import SELF_WAV, ConditioningProvider, rows_of
+from handler.conditioners.provider import DESCRIPTION, SELF_WAV, ConditioningProvider, rows_of
 from handler.conditioners.style import StyleConditioner
+from handler.conditioners.t5 import T5Conditioner
 from handler.errors import CheckpointError, RequestError
 from handler.generation import Generation
 from handler.lm.conditions import FusedConditions
@@ -89,8 +90,8 @@ class MusicGen:
         Raises:
             CheckpointError: if anything is missing or does not fit; the message says what to do.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = _dtype(dtype, device)
+        device = serving_device(device)
+        dtype = serving_dtype(dtype, device)
         lm_file = Path(name)
         if not lm_file.is_file():
             lm_file = resolve(str(name), revision=revision, token=token) / LM_FILE
@@ -154,6 +155,25 @@ class MusicGen:
         if not 0 < seconds <= self._longest:
             raise ValueError(f"max_duration must be above 0 and at most the model's {self._longest} s, not {seconds}")
         self._max_duration = seconds
+
+    @property
+    def melody(self) -> str | None:
+        """The kind of audio a clip's `melody` is: `chroma`, `style`, or None where the model takes none."""
+        conditioner = self.conditioning.wavs.get(SELF_WAV)
+        if conditioner is None:
+            return None
+        return "style" if isinstance(conditioner, StyleConditioner) else "chroma"
+
+    def prompt_tokens(self, description: str | None) -> int:
+        """The tokens of a description, where T5 reads it; else 0."""
+        conditioner = self.conditioning.texts.get(DESCRIPTION)
+        return len(conditioner.token_ids(description)) if description and isinstance(conditioner, T5Conditioner) else 0
+
+    def longest_prefix(self, max_prompt_tokens: int) -> int:
+        """The most vectors that stand in front of the codes, for texts of at most so many tokens."""
+        prepended = [name for name, method in self.fuser.method_of.items() if method == "prepend"]
+        conditioners = self.conditioning.wavs
+        return sum(conditioners[n].max_length if n in conditioners else max_prompt_tokens for n in prepended)
 
     def set_generation_params(self, **params: Any) -> None:
         """Sets how the next calls generate; what is not given takes its default. See `GenerationParams`.
@@ -467,7 +487,12 @@ class MusicGen:
         return self.compression_model.decode(codes[None].to(self.device))[0].cpu()
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def serving_device(device: str | torch.device | None) -> torch.device:
+    """The device to run on: the one asked for, else cuda where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def serving_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.float16

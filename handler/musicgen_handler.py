@@ -6,54 +6,89 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from ts.context import Context
 
 from handler import __version__
+from handler.cancel import CancelBoard
 from handler.engine.engine import Engine
-from handler.engine.messages import Failed, Finished, Job
-from handler.musicgen import MusicGen
+from handler.engine.messages import Audio, EngineUnavailableError, Event, Failed, Job, Restarted
+from handler.engine.process import ModelSpec
+from handler.errors import UnknownRequestError
+from handler.metrics import Metrics
+from handler.openai import models_list
 from handler.params import Clip, GenerationParams
-from handler.reply import Reply, clip_reply, description_reply, error_reply
+from handler.question import CancelQuestion, ClipQuestion, DescriptionQuestion, ModelsQuestion, Question
+from handler.reply import Reply, clip_reply, error_content, error_reply, json_reply
 from handler.request import GenerationRequest, Limits
 from handler.request_parser import RequestParser
-from handler.settings import Settings
-from handler.torchserve_compat import SENT, Exchange, lock_worker_socket
+from handler.settings import Settings, SettingsError
+from handler.streaming import OPENAI, OURS, StreamedReply, streamed_reply
+from handler.torchserve_compat import SENT, Exchange, lock_worker_socket, metric_sink
 
 logger = logging.getLogger(__name__)
+
+_EXPLAINED = (SettingsError, EngineUnavailableError, OSError)
+"""Errors whose first line tells a person what is wrong."""
 
 
 class MusicGenHandler:
     """One variant: a request goes through preprocess, inference and postprocess, many requests side by side.
 
-    `initialize` loads the model into an engine; `handle` never raises.
+    `initialize` loads the model into an engine; neither it nor `handle` ever raises.
     """
+
+    failure: EngineUnavailableError | None = None
 
     def initialize(self, context: Context) -> None:
         """Load the archive's model.
 
-        Raises:
-            SettingsError: for a bad `handler:` block in model-config.yaml.
-            CheckpointError: for a checkpoint that cannot be used.
+        Raises nothing: TorchServe would end the worker without telling anybody why, and leave every request hanging.
+        If the model cannot be loaded, the log has the whole story, and whoever asks gets a 503 with the cause, those
+        who ask the management API for the model's description included.
         """
         lock_worker_socket()
+        self.variant: str = context.model_name
+        self.metrics = Metrics(metric_sink(context), self.variant, str(os.getpid()))
+        try:
+            self._load(context)
+        except Exception as error:
+            logger.exception("%s cannot be served", self.variant)
+            cause = str(error).splitlines()[0] if isinstance(error, _EXPLAINED) else f"{type(error).__name__}: {error}"
+            self.failure = EngineUnavailableError(f"{cause} (mend that, then scale the model to 0 workers and back)")
+
+    def _load(self, context: Context) -> None:
         # read when the model's parts import them; everything needed is in the archive
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         settings = Settings.from_model_config(context.model_yaml_config)
         checkpoint = Path(context.system_properties["model_dir"]) / "checkpoint"
         device = settings.device or _assigned_device(context.system_properties["gpu_id"])
-        dtype = getattr(torch, settings.dtype) if settings.dtype else None
-        load = partial(MusicGen.get_pretrained, checkpoint, device=device, dtype=dtype, hub_dir=checkpoint / "hub")
+        spec = ModelSpec(
+            checkpoint=checkpoint,
+            hub_dir=checkpoint / "hub",
+            device=device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            max_concurrency=settings.max_concurrency,
+            memory_budget=settings.memory_budget,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            chunk_seconds=settings.stream_chunk_seconds,
+        )
         started = time.monotonic()
-        self.engine = Engine(load, settings.max_queue, settings.max_prompt_tokens)
+        self.engine = Engine(spec, settings.max_queue)
         self.engine.start()
-        self.variant: str = context.model_name
+        self.board = CancelBoard(f"{self.variant}/{context.manifest['model']['modelVersion']}", self.engine.cancel)
+        self.loaded = int(time.time())
+        self.metrics.watch(self.engine.status)
         card = self.engine.describe()
         self.parser = RequestParser(
             Limits(
@@ -75,49 +110,92 @@ class MusicGenHandler:
         started = time.monotonic()
         outcome = "ok"
         try:
-            reply = await self._answer(data[0], exchange)
+            await self._answer(data[0], exchange)
         except BaseException as error:
-            reply = error_reply(error, exchange.request_id)
-            outcome = f"{reply.status} {type(error).__name__}"
-            if reply.status == 500:
+            content = error_content(error, exchange.request_id)["error"]
+            outcome = content["type"]
+            if content["code"] == 500:
                 logger.error("request %s failed", exchange.request_id, exc_info=error)
-        try:
-            await exchange.send(reply)
-        except BaseException:
-            logger.exception("request %s: the reply could not be sent", exchange.request_id)
+            if not exchange.has_begun:
+                await self._send_error(exchange, error)
+        self.metrics.request(outcome)
         logger.info("request %s: %s in %.2f s", exchange.request_id, outcome, time.monotonic() - started)
         return [SENT]
 
-    async def _answer(self, row: Mapping[str, Any], exchange: Exchange) -> Reply:
-        started = time.monotonic()
-        request = None if exchange.is_model_description else await self.preprocess(row, exchange.headers)
-        if request is None:
-            return description_reply(self.describe())
-        clip = await asyncio.to_thread(clip_of, request, self.parser.limits.window)
-        job = Job(exchange.request_id, clip, params_of(request), deadline=started + request.timeout)
-        return await self.postprocess(request, await self.inference(job))
+    async def _answer(self, row: Mapping[str, Any], exchange: Exchange) -> None:
+        arrived = time.monotonic()
+        if self.failure is not None:
+            raise self.failure
+        question = await self.preprocess(row, exchange)
+        match question:
+            case DescriptionQuestion():
+                await exchange.send(json_reply(self.describe()))
+            case ModelsQuestion():
+                await exchange.send(json_reply(models_list(self.variant, self.loaded)))
+            case CancelQuestion(request_id):
+                await exchange.send(await self.cancel(request_id))
+            case ClipQuestion(request):
+                if request.streams:
+                    exchange.require_streams()
+                clip = await asyncio.to_thread(clip_of, request, self.parser.limits.window)
+                deadline = arrived + request.timeout
+                job = Job(exchange.request_id, clip, params_of(request), request.streams, deadline)
+                async with aclosing(self.inference(job)) as events:
+                    reply = await self.postprocess(question, events, exchange.request_id)
+                    if isinstance(reply, StreamedReply):
+                        await exchange.send_stream(reply)
+                if isinstance(reply, Reply):
+                    await exchange.send(reply)
 
-    async def preprocess(self, row: Mapping[str, Any], headers: Mapping[str, str]) -> GenerationRequest | None:
-        """Parse a request, off the loop; None: the model's description is asked for."""
-        return await asyncio.to_thread(self.parser.parse, row, headers)
+    async def preprocess(self, row: Mapping[str, Any], exchange: Exchange) -> Question:
+        """Parse what is asked, off the loop."""
+        if exchange.is_model_description:
+            return DescriptionQuestion()
+        return await asyncio.to_thread(self.parser.parse, row, exchange.headers)
 
-    async def inference(self, job: Job) -> Finished:
-        """Have the engine make the clip.
+    async def inference(self, job: Job) -> AsyncGenerator[Event, None]:
+        """Have the engine make the clip; gives its events as they come."""
+        events = self.engine.generate(job)
+        async with aclosing(events), aclosing(self.metrics.timed(events, job.params.duration)) as timed:
+            async for event in timed:
+                yield event
+
+    async def postprocess(
+        self, question: ClipQuestion, events: AsyncIterator[Event], request_id: str
+    ) -> Reply | StreamedReply:
+        """Set the level and encode, off the loop: the whole clip once it is there, or piece by piece.
 
         Raises:
-            RequestError, EngineError: or whatever the model raised.
+            RequestError, EngineError: or whatever the model raised, before there is a reply.
         """
-        async with aclosing(self.engine.generate(job)) as events:
-            async for event in events:
-                if isinstance(event, Finished):
-                    return event
-                if isinstance(event, Failed):
-                    raise event.error
-        raise AssertionError("the engine ended a job without a last event")
+        request, card = question.request, self.engine.describe()
+        reply: Reply | StreamedReply
+        if request.streams:
+            names = OPENAI if question.openai else OURS
+            reply = await streamed_reply(events, request, card, self.variant, request_id, names)
+        else:
+            wav = await whole_clip(events)
+            reply = await asyncio.to_thread(clip_reply, request, wav, card.sample_rate, self.variant)
+        if not question.ignored:
+            return reply
+        note = {"x-no-effect": ", ".join(question.ignored)}
+        return replace(reply, headers={**reply.headers, **note})
 
-    async def postprocess(self, request: GenerationRequest, clip: Finished) -> Reply:
-        """Set the level and encode, off the loop."""
-        return await asyncio.to_thread(clip_reply, request, clip, self.variant)
+    async def cancel(self, request_id: str) -> Reply:
+        """Give up every request of an id, whichever worker has it.
+
+        Raises:
+            UnknownRequestError: there is none.
+        """
+        if not await asyncio.to_thread(self.board.cancel, request_id):
+            raise UnknownRequestError("id", f"no request of the id {request_id} is waiting or running")
+        return json_reply({"cancelled": request_id})
+
+    async def _send_error(self, exchange: Exchange, error: BaseException) -> None:
+        try:
+            await exchange.send(error_reply(error, exchange.request_id))
+        except BaseException:
+            logger.exception("request %s: the reply could not be sent", exchange.request_id)
 
     def describe(self) -> dict[str, Any]:
         """What this variant is and what it accepts."""
@@ -131,12 +209,31 @@ class MusicGenHandler:
             "channels": card.channels,
             "frame_rate": card.frame_rate,
             "window": card.window,
+            "concurrency": card.concurrency,
             "max_duration": fields["duration"]["maximum"],
             "device": card.device,
             "dtype": card.dtype,
             "formats": fields["format"]["enum"],
             "fields": fields,
         }
+
+
+async def whole_clip(events: AsyncIterator[Event]) -> Tensor:
+    """The clip float32 `[C, T]` that the events of a job bring.
+
+    Raises:
+        Exception: what ended the job, if it did not end well.
+    """
+    pieces: list[NDArray[np.float32]] = []
+    async for event in events:
+        match event:
+            case Audio(wav):
+                pieces.append(wav)
+            case Restarted():
+                pieces.clear()
+            case Failed(error):
+                raise error
+    return torch.from_numpy(np.concatenate(pieces, axis=1))
 
 
 def _assigned_device(gpu_id: int | None) -> str:

@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from handler import audio
 from handler.engine.messages import (
     DeadlineExceededError,
     EngineBusyError,
-    EngineClosedError,
-    Finished,
+    EngineUnavailableError,
     JobCancelledError,
 )
-from handler.errors import RequestError
+from handler.errors import RequestError, UnknownRequestError
 from handler.request import GenerationRequest
-from handler.request_parser import MediaTypeError, NotServedError, UnknownPathError
+from handler.request_parser import MediaTypeError, UnknownPathError
 
 JSON = "application/json"
 
@@ -33,46 +34,56 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def clip_reply(request: GenerationRequest, clip: Finished, variant: str) -> Reply:
+def clip_reply(request: GenerationRequest, clip: Tensor, sample_rate: int, variant: str) -> Reply:
     """Set the clip's level, encode it, and say in headers what it is."""
-    wav = audio.normalize(clip.wav, clip.sample_rate, request.normalization)
+    wav = audio.normalize(clip, sample_rate, request.normalization)
     audio_format = "wav" if request.format == "json" else request.format
-    encoded = audio.encode(wav, clip.sample_rate, audio_format, request.seed)
+    encoded = audio.encode(wav, sample_rate, audio_format, request.seed)
     channels, samples = wav.shape
     about: dict[str, Any] = {
         "seed": request.seed,
         "sample_rate": encoded.sample_rate,
         "channels": channels,
-        "duration": samples / clip.sample_rate,
+        "duration": samples / sample_rate,
         "variant": variant,
     }
-    headers = {f"x-{name.replace('_', '-')}": _header_value(value) for name, value in about.items()}
+    headers = clip_headers(about)
     if request.format != "json":
         return Reply(200, encoded.content_type, encoded.data, headers)
     about |= {"format": audio_format, "audio": base64.b64encode(encoded.data).decode()}
-    return Reply(200, JSON, _json(about), headers)
+    return json_reply(about, headers=headers)
 
 
-def description_reply(description: Mapping[str, Any]) -> Reply:
-    return Reply(200, JSON, _json(description))
+def clip_headers(about: Mapping[str, Any]) -> dict[str, str]:
+    """What a clip is, as headers: `sample_rate` is `x-sample-rate`, and so on."""
+    return {f"x-{name.replace('_', '-')}": _header_value(value) for name, value in about.items()}
+
+
+def json_reply(content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+    return Reply(status, JSON, json.dumps(content, indent=2).encode() + b"\n", headers or {})
 
 
 def error_reply(error: BaseException, request_id: str) -> Reply:
+    """A reply that tells of an error: its status, and `error_content`."""
+    content = error_content(error, request_id)
+    headers = {"retry-after": str(error.retry_after)} if isinstance(error, EngineBusyError) else {}
+    return json_reply(content, content["error"]["code"], headers)
+
+
+def error_content(error: BaseException, request_id: str) -> dict[str, Any]:
     """`{"error": {"code", "type", "message", "field"}}`; what is not the client's concern stays in the log."""
-    headers = {}
     match error:
-        case NotServedError():
-            status, kind = 501, "not_implemented"
         case UnknownPathError():
             status, kind = 404, "not_found"
+        case UnknownRequestError():
+            status, kind = 404, "unknown_request"
         case MediaTypeError():
             status, kind = 415, "unsupported_media_type"
         case RequestError():
             status, kind = 400, "invalid_request"
         case EngineBusyError():
             status, kind = 503, "busy"
-            headers["retry-after"] = str(error.retry_after)
-        case EngineClosedError():
+        case EngineUnavailableError():
             status, kind = 503, "unavailable"
         case DeadlineExceededError():
             status, kind = 504, "deadline_exceeded"
@@ -82,12 +93,7 @@ def error_reply(error: BaseException, request_id: str) -> Reply:
             status, kind = 500, "internal_error"
     message = str(error) if status != 500 else f"the server failed on this request; its log has {request_id}"
     field_name = error.field if isinstance(error, RequestError) else None
-    content = {"error": {"code": status, "type": kind, "message": message, "field": field_name}}
-    return Reply(status, JSON, _json(content), headers)
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, indent=2).encode() + b"\n"
+    return {"error": {"code": status, "type": kind, "message": message, "field": field_name}}
 
 
 def _header_value(value: object) -> str:

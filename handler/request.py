@@ -150,7 +150,7 @@ class GenerationRequest(BaseModel):
     stream: bool = False
     """Send audio while it is generated."""
     stream_format: Literal["audio", "sse"] = "audio"
-    """Of a stream: audio, or progress and audio as events."""
+    """Of a stream: audio, or progress and audio as events; `sse` always streams."""
 
     @classmethod
     def for_archive(cls, limits: Limits) -> type[GenerationRequest]:
@@ -187,6 +187,19 @@ class GenerationRequest(BaseModel):
                 Field(default=None, ge=shortest, lt=limits.window, description=text["extend_stride"].description),
             ),
         )
+
+    @property
+    def streams(self) -> bool:
+        """Whether the reply is sent while the clip is made."""
+        return self.stream or self.stream_format == "sse"
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Self:
+        if self.streams and self.format == "json":
+            raise RequestError(
+                "format", "json is one whole reply; to stream, ask for an audio format, as events with `stream_format`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_style(self) -> Self:

@@ -1,4 +1,4 @@
-"""From what TorchServe hands over to a request: JSON, form, text, multipart, play address; fields by any name."""
+"""From what TorchServe hands over to a question: JSON, form, text, multipart, addresses; fields by any name."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from handler.errors import RequestError
+from handler.openai import MODELS_PATH, SPEECH_PATH, speech_fields
+from handler.question import CancelQuestion, ClipQuestion, DescriptionQuestion, ModelsQuestion, Question
 from handler.registry import VARIANTS
 from handler.request import ALIASES, CONDITION_FIELDS, GenerationRequest, Limits, shown
 
-PATHS_NOT_SERVED_YET = ("v1/audio/speech", "v1/models", "cancel")
+CANCEL_PATH = "cancel"
+CLIENT_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+"""What a client may call a request, in its header `x-request-id`."""
 
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 FORM_HELP = (
@@ -29,10 +33,6 @@ class UnknownPathError(RequestError):
 
 class MediaTypeError(RequestError):
     """The body is of a type that is not read: 415."""
-
-
-class NotServedError(RequestError):
-    """A valid request for something this server does not do yet: 501."""
 
 
 class RequestParser:
@@ -55,28 +55,51 @@ class RequestParser:
         for alias, name in ALIASES.items():
             self.fields[name].setdefault("aliases", []).append(alias)
 
-    def parse(self, row: Mapping[str, Any], headers: Mapping[str, str]) -> GenerationRequest | None:
-        """Read one request.
+    def parse(self, row: Mapping[str, Any], headers: Mapping[str, str]) -> Question:
+        """Read what is asked.
 
         Args:
             row: as TorchServe's handlers get it: `{"body": …}`, or one key per field of a form.
             headers: the request's, by lower-case name; `url_path` is the path behind the model's version.
 
-        Returns:
-            the request, or None when what is asked for is the model's description.
-
         Raises:
             RequestError: (400) naming the field and the bounds; or its kin UnknownPathError (404),
-                MediaTypeError (415), NotServedError (501).
+                MediaTypeError (415).
         """
-        of_path = _fields_of_path(headers.get("url_path", ""))
+        path = headers.get("url_path", "").strip("/")
+        if path == MODELS_PATH:
+            return ModelsQuestion()
+        if path == CANCEL_PATH:
+            return CancelQuestion(self._cancelled(row, headers))
+        if path == SPEECH_PATH:
+            fields, ignored = speech_fields(self._fields_of_body(row, headers) or {})
+            return ClipQuestion(self._request({}, fields), openai=True, ignored=ignored)
+        of_path = _fields_of_path(path)
         of_body = self._fields_of_body(row, headers)
         if of_path is None and of_body is None:
-            return None
+            return DescriptionQuestion()
+        return ClipQuestion(self._request(of_path or {}, of_body or {}))
+
+    def _request(self, *sources: Mapping[str, Any]) -> GenerationRequest:
         values: dict[str, Any] = {}
-        for source in (of_path or {}, of_body or {}):
+        for source in sources:
             self._add(values, source)
         return self._validate(values)
+
+    def _cancelled(self, row: Mapping[str, Any], headers: Mapping[str, str]) -> str:
+        body = (self._fields_of_body(row, headers) or {}) if any(row.values()) else {}
+        if unknown := body.keys() - {"id"}:
+            raise RequestError(min(unknown)[:40], "is not a field; to cancel a request, give its `id`")
+        given = body.get("id", headers.get("x-request-id"))
+        if given is None:
+            raise RequestError(
+                "id", "is missing; give the x-request-id that the request was sent with, as `id` or in that header"
+            )
+        if isinstance(given, bytes | bytearray):
+            given = _text(given, "id")
+        if not isinstance(given, str) or not CLIENT_ID.fullmatch(given):
+            raise RequestError("id", f"must be 1 to 128 letters, digits and ._:- characters, not {shown(given)}")
+        return given
 
     def _fields_of_body(self, row: Mapping[str, Any], headers: Mapping[str, str]) -> Mapping[str, Any] | None:
         if is_form(headers) and not row:
@@ -129,7 +152,8 @@ class RequestParser:
                 raise RequestError(key[:40], f"is not a field; {hint}")
             if name in values:
                 others = ", ".join(alias for alias, target in ALIASES.items() if target == name)
-                raise RequestError(name, f"is given more than once (its other names: {others})")
+                hint = f" (its other names: {others})" if others else ""
+                raise RequestError(name, f"is given more than once{hint}")
             values[name] = value
 
     def _of_another_kind(self, field: str) -> str:
@@ -143,10 +167,6 @@ class RequestParser:
         request = self._checked(values)
         if isinstance(request, RequestError):
             raise request
-        if request.stream:
-            raise NotServedError("stream", "streaming is not served yet; leave it out for the whole clip")
-        if request.stream_format != "audio":
-            raise NotServedError("stream_format", "streaming is not served yet; leave it out for the whole clip")
         return request
 
     def _checked(self, values: dict[str, Any]) -> GenerationRequest | RequestError:
@@ -195,19 +215,17 @@ def _media_type(headers: Mapping[str, str]) -> str:
 
 
 def _fields_of_path(path: str) -> dict[str, Any] | None:
-    """The fields of `play/<prompt>.<format>`; None for no path."""
-    path = path.strip("/")
+    """The fields of `play/<prompt>.<format>`, which streams what can be streamed; None for no path."""
     if not path:
         return None
-    if path in PATHS_NOT_SERVED_YET:
-        raise NotServedError(None, f"{path} is not served yet")
     start, _, rest = path.partition("/")
     prompt, dot, audio_format = rest.rpartition(".")
     if start != "play" or not dot:
         raise UnknownPathError(
             None, f"there is nothing at {shown(path)}; post to the model itself, or get play/<prompt>.<format>"
         )
-    return {"prompt": prompt, "format": audio_format.lower()}
+    audio_format = audio_format.lower()
+    return {"prompt": prompt, "format": audio_format, "stream": audio_format != "json"}
 
 
 def _json_object(body: Any) -> dict[str, Any]:

@@ -29,8 +29,11 @@ class Settings(BaseModel):
     max_prompt_tokens: int = Field(default=512, ge=1, le=4096)
     """The longest prompt, in tokens of the text encoder."""
 
+    max_concurrency: int = Field(default=8, ge=1, le=1024)
+    """How many requests run together, if memory holds as many; the others wait."""
+
     max_queue: int = Field(default=64, ge=0, le=100_000)
-    """How many requests may wait for the engine; one more gets a 503 with Retry-After at once."""
+    """How many requests may wait besides those that run; one more gets a 503 with Retry-After at once."""
 
     timeout: float = Field(default=600.0, gt=0, le=86_400, allow_inf_nan=False)
     """Seconds after which a request is given up: the default and the upper bound of its own `timeout`."""
@@ -40,6 +43,16 @@ class Settings(BaseModel):
 
     max_upload_seconds: float = Field(default=600.0, gt=0, le=3600, allow_inf_nan=False)
     """The longest uploaded audio, in seconds."""
+
+    memory_budget: int | None = Field(default=None, ge=1)
+    """Bytes for the model and for the keys and values of running requests, claimed at start; default: what the model
+    takes, and half of a machine's memory that is free then, or 85 % of a GPU's."""
+
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Threads of the engine on a CPU; default: as many as cores."""
+
+    stream_chunk_seconds: float = Field(default=1.0, ge=0.04, le=10, allow_inf_nan=False)
+    """Seconds of audio decoded at a time; the first chunk is half of it."""
 
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any] | None) -> Settings:

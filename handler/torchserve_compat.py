@@ -12,14 +12,15 @@ one socket. What follows from that, and what is done here:
 * a message longer than `max_response_size` ends the connection: bodies go in pieces of `CHUNK_BYTES`;
 * over gRPC, and for a model's description, a second message to a finished call is an error in the frontend that ends
   the worker's connection for good: those replies are one message, which closes the table's entry as well;
-* whatever `handle` raises is sent to every request of the worker: `handle` may raise nothing at all.
+* whatever `handle` raises is sent to every request of the worker: `handle` may raise nothing at all;
+* a measurement that the server's metrics file does not declare is dropped: `metric_sink` says so once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import http.client
-import re
+import logging
 import secrets
 import socket
 import threading
@@ -27,21 +28,27 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ts.context import Context
+from ts.metrics.metric_cache_errors import MetricsCacheKeyError
+from ts.metrics.metric_type_enum import MetricTypes
 from ts.protocol.otf_message_handler import create_predict_response
 from ts.service import Service
 
 from handler.errors import RequestError
+from handler.metrics import Kind, Sink
 from handler.reply import Reply, error_reply
-from handler.request_parser import is_form
+from handler.request_parser import CLIENT_ID, is_form
+from handler.streaming import StreamedReply
+
+logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**20
 MAX_SINGLE_BYTES = 6_000_000  # TorchServe's own default of max_response_size is 6.5 MB
+NO_STREAM_OVER_GRPC = "is not served over gRPC; leave it out for the whole clip, or ask over HTTP"
 TOO_LONG_FOR_GRPC = "the clip is too long for one gRPC message; ask for mp3 or flac, a shorter one, or over HTTP"
 SENT = secrets.token_bytes(32)
 """What `handle` returns when its reply has gone out; random, so that no reply can end in it by chance."""
 
 _END_OF_PREDICTIONS = b"\xff\xff\xff\xff"
-_SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 class LockedSocket:
@@ -79,6 +86,7 @@ class Exchange:
             those are left out.
         request_id: the client's own `x-request-id` if it gave a plain one, else the frontend's.
         is_model_description: asked with `GET /models/<name>?customized=true`.
+        has_begun: something of the reply has been sent, so its status can no longer be changed.
 
     Args:
         row: the request's fields; a prediction has some, or is an empty form.
@@ -90,24 +98,52 @@ class Exchange:
         every_header = context.get_all_request_header(0)
         self.headers = {name.lower(): value for name, value in every_header.items() if isinstance(value, str)}
         given = self.headers.get("x-request-id", "")
-        self.request_id = given if _SAFE_ID.fullmatch(given) else str(context.get_request_id(0))
+        self.request_id = given if CLIENT_ID.fullmatch(given) else str(context.get_request_id(0))
         # a client of /predictions can send this header too
         self.is_model_description = "describe" in self.headers and not row and not is_form(self.headers)
         # a request over HTTP has a header or two
         self._is_grpc = not self.headers
+        self.has_begun = False
 
-    async def send(self, reply: Reply) -> list[bytes]:
-        """Send the whole reply; gives what `handle` has to return then."""
-        context = self._context
+    def require_streams(self) -> None:
+        """Raises RequestError where a reply cannot be streamed: over gRPC."""
+        if self._is_grpc:
+            raise RequestError("stream", NO_STREAM_OVER_GRPC)
+
+    async def send(self, reply: Reply) -> None:
+        """Send the whole reply; `handle` has to return `[SENT]` then."""
         if self._is_grpc and len(reply.body) > MAX_SINGLE_BYTES:
             reply = error_reply(RequestError("format", TOO_LONG_FOR_GRPC), self.request_id)
-        context.set_response_status(reply.status, _phrase(reply.status), 0)
-        context.set_response_content_type(0, reply.content_type)
-        for name, value in reply.headers.items():
-            context.set_response_header(0, name, value)
+        self._set_head(reply.status, reply.content_type, reply.headers)
         for messages in self._messages(reply):
-            await asyncio.to_thread(context.cl_socket.sendall, messages)
-        return [SENT]
+            await self._put(messages)
+
+    async def send_stream(self, reply: StreamedReply) -> None:
+        """Send a reply while its body comes; its end too if the body breaks off after some of it has gone out.
+
+        Raises:
+            Exception: what broke the body off.
+        """
+        self._set_head(200, reply.content_type, reply.headers)
+        try:
+            async for piece in reply.body:
+                for message in self._pieces(piece):
+                    await self._put(message)
+        except BaseException:
+            if self.has_begun:
+                await self._put(self._last(b""))
+            raise
+        await self._put(self._last(b""))
+
+    def _set_head(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
+        self._context.set_response_status(status, _phrase(status), 0)
+        self._context.set_response_content_type(0, content_type)
+        for name, value in headers.items():
+            self._context.set_response_header(0, name, value)
+
+    async def _put(self, messages: bytearray) -> None:
+        self.has_begun = True
+        await asyncio.to_thread(self._context.cl_socket.sendall, messages)
 
     def _messages(self, reply: Reply) -> Iterator[bytearray]:
         """The messages of a reply; those that must not be parted come together."""
@@ -116,9 +152,12 @@ class Exchange:
         elif reply.status >= 400:
             yield self._message(reply.body) + self._last(b"")
         else:
-            for start in range(0, len(reply.body), CHUNK_BYTES):
-                yield self._message(reply.body[start : start + CHUNK_BYTES], more=True)
+            yield from self._pieces(reply.body)
             yield self._last(b"")
+
+    def _pieces(self, body: bytes) -> Iterator[bytearray]:
+        for start in range(0, len(body), CHUNK_BYTES):
+            yield self._message(body[start : start + CHUNK_BYTES], more=True)
 
     def _message(self, body: bytes, more: bool = False) -> bytearray:
         # 200 here is the exchange with the worker; the client's status is in the context
@@ -127,6 +166,22 @@ class Exchange:
     def _last(self, body: bytes) -> bytearray:
         self._context.set_response_header(0, "ts_stream_next", "true")  # which the encoder turns into "false"
         return self._message(body)
+
+
+def metric_sink(context: Context) -> Sink:
+    """Where a worker's measurements go: to TorchServe's log of metrics, which its frontend reads."""
+    kinds = {"counter": MetricTypes.COUNTER, "gauge": MetricTypes.GAUGE, "histogram": MetricTypes.HISTOGRAM}
+    undeclared: set[str] = set()
+
+    def sink(name: str, kind: Kind, value: float, labels: list[str]) -> None:
+        try:
+            context.metrics.get_metric(name, kinds[kind]).add_or_update(value, labels)
+        except MetricsCacheKeyError:
+            if name not in undeclared:
+                logger.warning("%s is dropped: set `metrics_config` to this project's metrics.yaml", name)
+            undeclared.add(name)
+
+    return sink
 
 
 def _phrase(status: int) -> str:

@@ -67,7 +67,13 @@ class WavInput:
 
 
 class WavConditioner(Conditioner):
-    """A conditioner of audio."""
+    """A conditioner of audio.
+
+    Attributes:
+        max_length: the most vectors its condition has.
+    """
+
+    max_length: int
 
     def check(self, wav: WavInput) -> None:
         """Raises a RequestError for audio or settings this conditioner cannot take, before any work is done."""

@@ -42,7 +42,7 @@ class ChromaStemConditioner(WavConditioner):
         super().__init__(chroma.num_bins, output_dim)
         self.separator = separator
         self.chroma = chroma
-        self.length = chroma.num_frames(int(chroma.sample_rate * duration))
+        self.length = self.max_length = chroma.num_frames(int(chroma.sample_rate * duration))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ChromaStemConditioner:
         """Takes the separator along wherever the module goes (`to`, `cuda`, …)."""

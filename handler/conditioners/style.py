@@ -79,6 +79,8 @@ class StyleConditioner(WavConditioner):
         output_dim: the language model's dimension.
     """
 
+    max_length = 512  # a shorter excerpt, or a larger ds_factor, for more than that
+
     def __init__(
         self,
         features: StyleFeatures,

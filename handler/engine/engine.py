@@ -1,239 +1,328 @@
-"""The engine: a model in a thread of its own, serving one job at a time, first come first served."""
+"""The engine as the worker sees it: jobs go in, events come out, and a death of the engine's process is survived."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import logging
 import math
+import multiprocessing
+import signal
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 
-from handler.conditioners.provider import DESCRIPTION, SELF_WAV
-from handler.conditioners.style import StyleConditioner
-from handler.conditioners.t5 import T5Conditioner
 from handler.engine.messages import (
+    Audio,
+    Cancel,
     Card,
+    Close,
+    Command,
     DeadlineExceededError,
+    Done,
     EngineBusyError,
-    EngineClosedError,
+    EngineDiedError,
+    EngineUnavailableError,
     Event,
     Failed,
-    Finished,
     Job,
     JobCancelledError,
-    Progress,
+    Load,
+    LoadFailed,
+    Preparing,
+    Ready,
+    Restarted,
+    Started,
+    Status,
 )
-from handler.errors import RequestError
-from handler.musicgen import MusicGen
+from handler.engine.process import ModelSpec, run
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_PAUSE = 30.0  # seconds between two tries to load the model again
+_GRACE = 5.0  # seconds the process has to leave by itself when the engine is closed
 
 
 class Engine:
-    """Turns jobs into events.
+    """Turns jobs into events, in a process of its own.
 
-    `generate` may be iterated from any asyncio loop; every job's events end with exactly one `Finished` or
-    `Failed`. Leaving the iteration early gives the job up: a waiting one frees its place, a running one ends at its
-    next decode step.
+    `generate` may be iterated from any asyncio loop. When the process dies, another is started: what waited goes on
+    waiting; what ran is run again once (it is deterministic), unless audio of a stream has already left. Any of what
+    ran may be the cause, so of those only one at a time is run again, beside whatever else comes: should the process
+    die once more, it was that one, and only that one is given up.
+
+    Args:
+        spec: what the process loads.
+        max_queue: how many jobs may wait besides those that run.
     """
 
-    def __init__(self, load: Callable[[], MusicGen], max_queue: int = 64, max_prompt_tokens: int = 512) -> None:
-        """
-        Args:
-            load: makes the model; called once, in the engine's thread. Picklable.
-            max_queue: how many jobs may wait besides the one that runs.
-            max_prompt_tokens: the longest description, in tokens of T5; a longer one is a RequestError.
-        """
-        self._load = load
+    def __init__(self, spec: ModelSpec, max_queue: int) -> None:
+        self._spec = spec
         self._max_queue = max_queue
-        self._max_prompt_tokens = max_prompt_tokens
-        self._waiting: deque[_Ticket] = deque()
-        self._running: _Ticket | None = None
-        self._closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._keys = itertools.count()
+        self._tickets: dict[str, _Ticket] = {}
+        self._connection: Connection | None = None
+        self._process: SpawnProcess | None = None
         self._card: Card | None = None
-        self._load_error: BaseException | None = None
-        self._loaded = threading.Event()
-        self._last_seconds = 1.0
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._unavailable = "the engine has not been started"
+        self._closed = threading.Event()
+        self._load = Load(0, 0.0)
+        self._restarts = 0
+        self._seconds = 1.0  # of a job, of late
+        self._supervisor = threading.Thread(target=self._supervise, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Load the model and begin to serve; blocks until then.
+        """Loads the model; blocks until it is there.
 
         Raises:
-            whatever loading raised.
+            EngineUnavailableError: with the cause, if it cannot be loaded.
         """
-        self._thread.start()
-        self._loaded.wait()
-        if self._load_error is not None:
-            raise self._load_error
+        self._spawn()
+        self._supervisor.start()
 
     def describe(self) -> Card:
         """What was loaded.
 
         Raises:
-            EngineClosedError: before `start`.
+            EngineUnavailableError: before `start`.
         """
         if self._card is None:
-            raise EngineClosedError("the engine has not been started")
+            raise EngineUnavailableError(self._unavailable)
         return self._card
 
+    def status(self) -> Status:
+        """What is going on."""
+        with self._lock:
+            running = sum(ticket.started for ticket in self._tickets.values())
+            waiting = len(self._tickets) - running
+        return Status(waiting, running, self._load.rows, self._load.steps_per_second, self._restarts)
+
     async def generate(self, job: Job) -> AsyncGenerator[Event, None]:
-        """Queue the job and give its events as they happen; a full queue or a passed deadline is a `Failed` too."""
+        """Queues a job and gives its events, the last of which is `Done` or `Failed`.
+
+        Leaving the iteration early gives the job up: its rows are free at the next decode step.
+        """
         ticket = _Ticket(job, asyncio.get_running_loop())
-        refusal = self._admit(ticket)
-        if refusal is not None:
-            yield Failed(refusal)
-            return
         try:
-            event: Event = Progress(0, 0)
-            while not isinstance(event, Finished | Failed):
+            # In a thread: a job with much audio takes a while to go through the pipe.
+            key = await asyncio.to_thread(self._admit, ticket)
+        except (EngineBusyError, EngineUnavailableError) as error:
+            yield Failed(error)
+            return
+        started = time.monotonic()
+        event: Event = Started()
+        try:
+            while not isinstance(event, Done | Failed):
                 event = await ticket.next_event()
                 yield event
         finally:
-            self._withdraw(ticket)
+            self._withdraw(key, finished=isinstance(event, Done))
+            self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
 
     def cancel(self, job_id: str) -> bool:
-        """Give up every job of this id; its `generate` ends with `Failed(JobCancelledError)`. False: there is none."""
-        with self._changed:
-            tickets = [*self._waiting, *([self._running] if self._running else [])]
-        chosen = [ticket for ticket in tickets if ticket.job.id == job_id]
-        for ticket in chosen:
+        """Gives up every job of this id, which ends with `Failed(JobCancelledError)`. False: there is none."""
+        with self._lock:
+            chosen = [(key, ticket) for key, ticket in self._tickets.items() if ticket.job.id == job_id]
+        for key, ticket in chosen:
             ticket.post(Failed(JobCancelledError("the request was cancelled")))
-            self._withdraw(ticket)
+            self._withdraw(key, finished=False)
         return bool(chosen)
 
     def close(self) -> None:
-        """Give up every job, end the thread and let go of the model; a second call does nothing."""
-        with self._changed:
-            self._closed = True
-            tickets = [*self._waiting, *([self._running] if self._running else [])]
-            self._waiting.clear()
-            self._changed.notify_all()
+        """Gives up every job and ends the process."""
+        self._closed.set()
+        with self._lock:
+            tickets = list(self._tickets.values())
+            self._unavailable = "the engine is closing"
+            self._send(Close())
         for ticket in tickets:
-            ticket.post(Failed(EngineClosedError("the engine is closing")))
-            ticket.abandoned.set()
-        if self._thread.is_alive():
-            self._thread.join()
+            ticket.post(Failed(EngineUnavailableError("the engine is closing")))
+        if self._process is not None:
+            self._process.join(_GRACE)
+            self._process.kill()
 
-    def _admit(self, ticket: _Ticket) -> Exception | None:
-        with self._changed:
-            if self._closed or self._card is None:
-                return EngineClosedError("the engine is not running")
-            idle = self._running is None
-            if len(self._waiting) >= self._max_queue + idle:
-                return EngineBusyError(self._max_queue, max(1, math.ceil(self._last_seconds)))
-            self._waiting.append(ticket)
-            self._changed.notify()
-            return None
+    def _admit(self, ticket: _Ticket) -> str:
+        with self._lock:
+            if self._card is None or self._unavailable:
+                raise EngineUnavailableError(self._unavailable)
+            if len(self._tickets) >= self._card.concurrency + self._max_queue:
+                wait = self._seconds * (1 + self._max_queue / self._card.concurrency)
+                raise EngineBusyError(self._max_queue, max(1, math.ceil(min(wait, 60.0))))
+            key = str(next(self._keys))
+            self._tickets[key] = ticket
+            # Under the same lock, or a process that starts just now would be given the job twice.
+            self._submit(key, ticket)
+        return key
 
-    def _withdraw(self, ticket: _Ticket) -> None:
-        ticket.abandoned.set()
-        with self._changed:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
+    def _submit(self, key: str, ticket: _Ticket) -> None:
+        """Gives a job to the process, unless it was there at a death and another such job is with it now."""
+        others = [other for other in self._tickets.values() if other is not ticket]
+        ticket.held = ticket.deaths > 0 and any(other.deaths > 0 and not other.held for other in others)
+        if not ticket.held:
+            self._send(replace(ticket.job, id=key))
 
-    def _serve(self) -> None:
+    def _submit_next_suspect(self) -> None:
+        suspects = [(key, ticket) for key, ticket in self._tickets.items() if ticket.deaths > 0]
+        if suspects and all(ticket.held for _, ticket in suspects):
+            self._submit(*suspects[0])
+
+    def _withdraw(self, key: str, finished: bool) -> None:
+        with self._lock:
+            known = self._tickets.pop(key, None)
+            if known is None:
+                return
+            if not finished:
+                self._send(Cancel(key))
+            self._submit_next_suspect()
+
+    def _send(self, command: Command) -> None:
+        # A broken pipe is the supervisor's business: it submits every ticket again.
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            if self._connection is not None:
+                self._connection.send(command)
+
+    def _spawn(self) -> None:
+        """Starts a process, waits until its model is loaded, and gives it all jobs there are."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=run, args=(theirs, self._spec), name="engine", daemon=True)
+        process.start()
+        theirs.close()
         try:
-            model = self._load()
-            self._card = _card_of(model)
-        except BaseException as error:
-            self._load_error = error
-            return
-        finally:
-            self._loaded.set()
-        while (ticket := self._next_ticket()) is not None:
-            started = time.monotonic()
-            outcome = _run(model, ticket, self._max_prompt_tokens)
-            with self._changed:
-                self._running = None
-                self._last_seconds = time.monotonic() - started
-            if outcome is not None:
-                ticket.post(outcome)
+            _, first = ours.recv()
+        except (EOFError, OSError) as error:
+            process.join(_GRACE)
+            raise EngineUnavailableError(
+                f"the engine's process ended while it loaded the model ({_ending(process)})"
+            ) from error
+        if isinstance(first, LoadFailed):
+            process.join(_GRACE)
+            raise EngineUnavailableError(f"the model could not be loaded: {first.message}\n{first.traceback}")
+        assert isinstance(first, Ready)
+        with self._lock:
+            self._process, self._connection, self._card, self._unavailable = process, ours, first.card, ""
+            for ticket in self._tickets.values():
+                ticket.held = True
+            for key, ticket in self._tickets.items():
+                self._submit(key, ticket)
 
-    def _next_ticket(self) -> _Ticket | None:
-        with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait()
-            if self._closed:
-                return None
-            self._running = self._waiting.popleft()
-            return self._running
+    def _supervise(self) -> None:
+        while not self._closed.is_set():
+            self._forward_events()
+            if self._closed.is_set():
+                return
+            self._restarts += 1
+            self._load = Load(0, 0.0)
+            self._after_death()
+            pause = 0.5
+            while not self._closed.is_set():
+                try:
+                    self._spawn()
+                    break
+                except EngineUnavailableError as error:
+                    logger.error("the engine cannot be started again: %s", error)
+                    self._fail_all(error)
+                    self._closed.wait(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _forward_events(self) -> None:
+        """Hands events to their tickets until the process is gone."""
+        connection = self._connection
+        while connection is not None:
+            try:
+                key, event = connection.recv()
+            except (EOFError, OSError):
+                return
+            if isinstance(event, Load):
+                self._load = event
+                continue
+            with self._lock:
+                ticket = self._tickets.get(key)
+            if ticket is not None:
+                ticket.touched |= isinstance(event, Preparing)
+                ticket.started |= isinstance(event, Started)
+                ticket.heard |= isinstance(event, Audio)
+                ticket.post(event)
+
+    def _after_death(self) -> None:
+        """Decides for each job what a death of the process means to it."""
+        with self._lock:
+            process, connection, self._connection = self._process, self._connection, None
+            tickets = list(self._tickets.items())
+        if connection is not None:
+            connection.close()
+        if process is not None:
+            process.kill()
+            process.join(_GRACE)
+            logger.error("the engine's process died (%s); %d requests are with it", _ending(process), len(tickets))
+        for key, ticket in tickets:
+            if not ticket.touched:
+                continue
+            ticket.deaths += 1
+            if ticket.job.stream and ticket.heard:
+                self._fail(key, ticket, EngineDiedError("the engine died while this stream was under way"))
+            elif ticket.deaths > 1:
+                self._fail(key, ticket, EngineDiedError("the engine died twice on this request"))
+            else:
+                ticket.touched = ticket.started = ticket.heard = False
+                ticket.post(Restarted())
+
+    def _fail_all(self, error: EngineUnavailableError) -> None:
+        with self._lock:
+            self._unavailable = str(error).splitlines()[0]
+            tickets = list(self._tickets.items())
+        for key, ticket in tickets:
+            self._fail(key, ticket, EngineUnavailableError(self._unavailable))
+
+    def _fail(self, key: str, ticket: _Ticket, error: Exception) -> None:
+        with self._lock:
+            self._tickets.pop(key, None)
+        ticket.post(Failed(error))
 
 
 class _Ticket:
-    """A job on its way, the thread's end (`post`, `on_step`) and the loop's (`next_event`)."""
+    """A job under way: the supervisor's end (`post`) and the client's (`next_event`).
+
+    Attributes:
+        held: it is not with the process, for another job that was there at a death is.
+        touched: the process has begun to prepare it, and so may have died of it.
+        started: the process has begun with its music.
+        heard: audio of it has come out.
+        deaths: how often the process died while it may have died of it.
+    """
 
     def __init__(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         self.job = job
-        self.abandoned = threading.Event()
+        self.held = self.touched = self.started = self.heard = False
+        self.deaths = 0
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     def post(self, event: Event) -> None:
-        # a closed loop raises; it has nobody left to tell
+        # A closed loop raises; it has nobody left to tell.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def next_event(self) -> Event:
+        left = None if math.isinf(self.job.deadline) else max(0.0, self.job.deadline - time.monotonic())
         try:
-            async with asyncio.timeout(_seconds_until(self.job.deadline)):
+            async with asyncio.timeout(left):
                 return await self._events.get()
         except TimeoutError:
             return Failed(
                 DeadlineExceededError("the request was given up: its timeout passed before the clip was finished")
             )
 
-    def on_step(self, done: int, total: int) -> None:
-        """The callback of a generation; raises to stop it."""
-        if self.abandoned.is_set() or time.monotonic() > self.job.deadline:
-            raise _StoppedError
-        self.post(Progress(done, total))
 
-
-class _StoppedError(Exception):
-    """Nobody waits for this generation any more."""
-
-
-def _seconds_until(deadline: float) -> float | None:
-    return None if math.isinf(deadline) else deadline - time.monotonic()
-
-
-def _run(model: MusicGen, ticket: _Ticket, max_prompt_tokens: int) -> Finished | Failed | None:
-    job = ticket.job
-    try:
-        _check_prompt(model, job.clip.description, max_prompt_tokens)
-        wav, codes = model.generate_clip(job.clip, job.params, ticket.on_step)
-    except _StoppedError:
-        return None
-    except Exception as error:
-        return Failed(error)
-    return Finished(wav.cpu(), model.sample_rate, model.frame_rate, codes.cpu())
-
-
-def _check_prompt(model: MusicGen, description: str | None, max_tokens: int) -> None:
-    conditioner = model.conditioning.texts.get(DESCRIPTION)
-    if description and isinstance(conditioner, T5Conditioner):
-        tokens = len(conditioner.token_ids(description))
-        if tokens > max_tokens:
-            raise RequestError("prompt", f"must be a text of at most {max_tokens} tokens, not {tokens}")
-
-
-def _card_of(model: MusicGen) -> Card:
-    return Card(
-        sample_rate=model.sample_rate,
-        channels=model.audio_channels,
-        frame_rate=float(model.frame_rate),
-        window=float(model.max_duration),
-        conditioners=tuple(model.conditioners),
-        device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        melody=_melody_of(model),
-    )
-
-
-def _melody_of(model: MusicGen) -> str | None:
-    conditioner = model.conditioning.wavs.get(SELF_WAV)
-    if conditioner is None:
-        return None
-    return "style" if isinstance(conditioner, StyleConditioner) else "chroma"
+def _ending(process: SpawnProcess) -> str:
+    code = process.exitcode
+    if code is None:
+        return "it does not end"
+    if code == -signal.SIGKILL:
+        return "signal 9, which the system sends when memory runs out"
+    return f"signal {-code}" if code < 0 else f"exit status {code}"

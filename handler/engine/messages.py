@@ -1,11 +1,12 @@
-"""What goes into the engine and what comes out: plain, immutable, picklable."""
+"""What goes to the engine's process and what comes back: plain, immutable, picklable."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from handler.params import Clip, GenerationParams
 
@@ -22,6 +23,7 @@ class Card:
         conditioners: the names of its conditioners, as ("description",) or ("description", "self_wav").
         device: where it runs, as `cpu` or `cuda:0`.
         dtype: its language model's number format, as `float32`.
+        concurrency: how many requests run together.
         melody: the kind of audio it is conditioned on, `chroma` or `style`; None: none.
     """
 
@@ -32,7 +34,26 @@ class Card:
     conditioners: tuple[str, ...]
     device: str
     dtype: str
-    melody: str | None = None
+    concurrency: int
+    melody: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the engine is doing.
+
+    Attributes:
+        waiting, running: requests.
+        rows: rows in use, at the last report.
+        steps_per_second: decode steps, at the last report.
+        restarts: of the engine's process.
+    """
+
+    waiting: int
+    running: int
+    rows: int
+    steps_per_second: float
+    restarts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +61,81 @@ class Job:
     """One request for the engine.
 
     Attributes:
-        id: names the job in `Engine.cancel` and in the log.
+        id: names the job in `Engine.cancel`, in events and in the log.
         clip: the texts and waveforms to generate from.
         params: how to generate; `params.seed` is set.
+        stream: audio is sent on as it comes, so it cannot be taken back if the engine dies.
         deadline: on `time.monotonic`'s clock, when the job is given up.
     """
 
     id: str
     clip: Clip
     params: GenerationParams
+    stream: bool = False
     deadline: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Gives a job up."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """There is something new to look at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Ends the process."""
+
+
+Command = Job | Cancel | Wake | Close
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The model is loaded."""
+
+    card: Card
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """The model cannot be loaded, and why."""
+
+    message: str
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the process is, told every second and when it falls idle.
+
+    Attributes:
+        rows: rows in use.
+        steps_per_second: decode steps, each of which serves all rows.
+    """
+
+    rows: int
+    steps_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Preparing:
+    """The engine begins to encode what the job is conditioned on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The engine has begun with the music."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """The engine died and will begin anew: audio that came before counts no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +147,27 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """The clip: wav float32 [C, T] at `sample_rate`, and its codes, int64 [K, frames] at `frame_rate`."""
+class Audio:
+    """The next stretch of the clip, float32 `[C, T]`."""
 
-    wav: Tensor
-    sample_rate: int
-    frame_rate: float
-    codes: Tensor
+    wav: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The clip is complete; its codes, int64 `[K, frames]`."""
+
+    codes: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """There will be no clip: a RequestError, one of the errors below, or what the model raised."""
+    """There will be no more: a RequestError, or one of the errors below."""
 
     error: Exception
 
 
-Event = Progress | Finished | Failed
+Event = Ready | LoadFailed | Load | Preparing | Started | Restarted | Progress | Audio | Done | Failed
 
 
 class EngineError(Exception):
@@ -100,8 +190,16 @@ class EngineBusyError(EngineError):
         return type(self), (self.max_queue, self.retry_after)
 
 
-class EngineClosedError(EngineError):
-    """The engine has ended or is ending."""
+class EngineUnavailableError(EngineError):
+    """There is no engine, and why."""
+
+
+class ModelError(EngineError):
+    """What the model raised on a job, as text."""
+
+
+class EngineDiedError(EngineError):
+    """The engine died with this job, and it cannot be run again."""
 
 
 class DeadlineExceededError(EngineError):

@@ -21,12 +21,22 @@ class KVCache:
     def __init__(
         self, config: TransformerConfig, rows: int, positions: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        if device.type == "cpu" or config.attention_as_float32:
-            dtype = torch.float32
+        dtype = self.dtype_on(config, device, dtype)
         shape = (config.num_layers, rows, config.num_kv_heads, positions, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.positions = positions
+        # Zeros, written and not only promised: memory that is not there must be missed now, not under load.
+        self.keys = torch.empty(shape, device=device, dtype=dtype).zero_()
+        self.values = torch.empty(shape, device=device, dtype=dtype).zero_()
+
+    @staticmethod
+    def dtype_on(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of keys and values, for a model that computes in `dtype`."""
+        return torch.float32 if device.type == "cpu" or config.attention_as_float32 else dtype
+
+    @classmethod
+    def row_bytes(cls, config: TransformerConfig, positions: int, device: torch.device, dtype: torch.dtype) -> int:
+        """The bytes of one row."""
+        size = cls.dtype_on(config, device, dtype).itemsize
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * positions * size
 
 
 CrossKV = list[tuple[Tensor, Tensor]]

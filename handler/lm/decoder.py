@@ -102,6 +102,14 @@ class Decoder:
         self._null_values = lm.null_values()
         self._free_rows = [True] * rows
 
+    def has_room(self, window: Window) -> bool:
+        """Whether `join` would find a place for a window now."""
+        return len(self.slots) < len(self.sequences) and self._gap(window.rows) is not None
+
+    def sequence_of(self, slot: Slot) -> Tensor:
+        """The sequence of a window under way, int64 `[K, S]`; `UNKNOWN` beyond its newest step."""
+        return self.sequences[slot.index, :, : slot.window.sequence.shape[1]]
+
     def join(self, window: Window) -> Slot:
         """Prefills a window and samples its first token.
 
@@ -109,6 +117,16 @@ class Decoder:
             MemoryError: when no place is left for it.
         """
         slot = Slot(self._free_index(), self._claim(window.rows), window, [], window.start - 1)
+        try:
+            self._prefill(slot)
+        except BaseException:
+            self._free(slot)
+            raise
+        self.slots.append(slot)
+        return slot
+
+    def _prefill(self, slot: Slot) -> None:
+        window = slot.window
         steps = window.sequence.shape[1]
         self.sequences[slot.index, :, :steps] = window.sequence
         self.draws[slot.index, window.start : steps] = window.draws
@@ -120,9 +138,7 @@ class Decoder:
             out = self.lm(prompt, group, cross, self.cache, row)  # [R, start, dim]
             logits.append(self.lm.logits(out[:, -1]))  # [R, K, card]
             row += group.rows
-        self.slots.append(slot)
         self._sample([slot], torch.cat(logits))
-        return slot
 
     def step(self) -> None:
         """Generates one more token of every codebook of every window that is not done."""
@@ -164,9 +180,8 @@ class Decoder:
     def leave(self, slot: Slot) -> Tensor:
         """Frees a window's rows and gives its sequence, int64 `[K, S]`."""
         self.slots.remove(slot)
-        for row in slot.rows:
-            self._free_rows[row] = True
-        return self.sequences[slot.index, :, : slot.window.sequence.shape[1]].clone()
+        self._free(slot)
+        return self.sequence_of(slot).clone()
 
     def _sample(self, slots: Sequence[Slot], logits: Tensor) -> None:
         """Writes the next token of each slot, from the logits `[N, K, card]` of all their rows in order."""
@@ -189,6 +204,10 @@ class Decoder:
         for slot in slots:
             slot.step += 1
 
+    def _free(self, slot: Slot) -> None:
+        for row in slot.rows:
+            self._free_rows[row] = True
+
     def _free_index(self) -> int:
         used = {slot.index for slot in self.slots}
         free = next((i for i in range(len(self.sequences)) if i not in used), None)
@@ -197,13 +216,17 @@ class Decoder:
         return free
 
     def _claim(self, rows: int) -> range:
-        for first in range(len(self._free_rows) - rows + 1):
-            claimed = range(first, first + rows)
-            if all(self._free_rows[row] for row in claimed):
-                for row in claimed:
-                    self._free_rows[row] = False
-                return claimed
-        raise MemoryError(f"no {rows} rows side by side are free")
+        first = self._gap(rows)
+        if first is None:
+            raise MemoryError(f"no {rows} rows side by side are free")
+        for row in range(first, first + rows):
+            self._free_rows[row] = False
+        return range(first, first + rows)
+
+    def _gap(self, rows: int) -> int | None:
+        """The first of so many free rows side by side."""
+        starts = range(len(self._free_rows) - rows + 1)
+        return next((first for first in starts if all(self._free_rows[first : first + rows])), None)
 
 
 def sample(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import soundfile
 
 from archive_scripts.pack import pack
 from tests.e2e.conftest import GOLDENS, Server, run_server
+from tests.e2e.mixture import mixture
 from tests.e2e.test_requests import error_of, samples_of
 from tests.goldens.wavs import synth
 
@@ -144,6 +145,14 @@ def test_a_style_is_looked_at_as_asked(wav_server: Server) -> None:
         )
     ]
     assert len(set(clips)) == len(clips)
+
+
+def test_every_request_of_a_mixture_with_melodies_gets_the_bytes_it_gets_alone(wav_server: Server) -> None:
+    bodies = mixture(16, longest=4, melodies=True)
+    together = wav_server.post_together(*bodies, model="melody")
+    assert [reply.status_code for reply in together] == [200] * len(bodies)
+    for body, reply in zip(bodies, together, strict=True):
+        assert wav_server.post("melody", **body).content == reply.content, body
 
 
 @pytest.mark.parametrize("name", ["melody", "style"])

@@ -55,7 +55,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("tree")
     for package in ("handler", "archive_scripts"):
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "config.properties", tree)
+    for file in ("config.properties", "metrics.yaml"):
+        shutil.copy(ROOT / file, tree)
     return tree
 
 
@@ -69,12 +70,13 @@ def _run(command: list[str], tree: Path) -> str:
 
 def test_the_commands_that_are_run_work_one_after_the_other(debug_server: Server, tree: Path) -> None:
     for block in RUN:
+        text = block.text.replace("http://127.0.0.1:8080", debug_server.torchserve.url)
+        text = text.replace("http://127.0.0.1:8082", debug_server.metrics)
         if block.language == "sh":
-            text = block.text.replace("http://127.0.0.1:8080", debug_server.torchserve.url)
             _run(["bash", "-euc", text.replace("curl ", "curl --silent --show-error --fail ")], tree)
         else:
-            _run([sys.executable, "-c", block.text], tree)
-    for clip, seconds in (("clip.wav", 8), ("blues.wav", 4), ("pop.wav", 4), ("continued.wav", 6)):
+            _run([sys.executable, "-c", text], tree)
+    for clip, seconds in (("clip.wav", 8), ("blues.wav", 4), ("pop.wav", 4), ("continued.wav", 6), ("pop.mp3", 4)):
         assert soundfile.info(tree / clip).duration == pytest.approx(seconds)
     assert (tree / "model-store" / "mine.mar").is_file()
 

@@ -1,8 +1,7 @@
-"""Many requests at once, restarts, scaling, and the secure defaults."""
+"""Many requests at once, restarts, and the secure defaults."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,10 @@ def test_twenty_requests_at_once_each_get_their_own_clip(server: Server) -> None
 def test_errors_disturb_no_other_request(server: Server) -> None:
     good: dict[str, Any] = {"prompt": "80s pop", "duration": 4, "seed": 1}
     alone = server.post(**good)
-    bad: list[dict[str, Any]] = [{"duration": -1}, {"nonsense": 1}, {"stream": True}, {"continuation": "AAAA"}] * 3
+    bad: list[dict[str, Any]] = [{"duration": -1}, {"nonsense": 1}, {"cfg_coef": "x"}, {"continuation": "AAAA"}] * 3
     first, *refused, last = server.post_together(good, *bad, good)
-    assert [response.status_code for response in refused] == [400, 400, 501, 400] * 3
+    assert [response.status_code for response in refused] == [400] * 12
     assert first.content == last.content == alone.content
-
-
-def test_a_request_beyond_the_queue_is_refused_at_once_and_told_when_to_return(server: Server) -> None:
-    replies = server.post_together(*[{"duration": 30, "seed": number} for number in range(8)], model="narrow")
-    refused = [response for response in replies if response.status_code != 200]
-    assert 1 <= len(refused) <= 6
-    for response in refused:
-        assert response.status_code == 503
-        assert response.json()["error"]["type"] == "busy"
-        assert int(response.headers["retry-after"]) >= 1
-    assert server.post("narrow", duration=0.1).status_code == 200
 
 
 def test_a_request_is_given_up_at_its_timeout_and_the_engine_is_free_again(server: Server) -> None:
@@ -60,20 +48,6 @@ def test_a_connection_serves_good_and_bad_requests_in_turn(server: Server) -> No
             assert reply.headers["x-seed"] == str(number)
 
 
-def test_a_scaled_variant_serves_with_all_its_workers(server: Server) -> None:
-    model = f"{server.management}/models/narrow"
-    assert requests.put(f"{model}?min_worker=2&synchronous=true", timeout=TIMEOUT).status_code == 200
-    [status] = requests.get(model, timeout=TIMEOUT).json()
-    assert [worker["status"] for worker in status["workers"]] == ["READY", "READY"]
-    body: dict[str, Any] = {"prompt": "80s pop", "duration": 0.5, "seed": 9}
-    with ThreadPoolExecutor(2) as pool:
-        replies = list(pool.map(lambda _: server.post("narrow", **body), range(4)))
-    assert len({reply.content for reply in replies}) == 1
-    assert replies[0].content == server.post(**body).content
-    assert requests.put(f"{model}?min_worker=1&synchronous=true", timeout=TIMEOUT).status_code == 200
-    assert server.post("narrow", **body).content == replies[0].content
-
-
 def test_a_restarted_server_gives_the_same_bytes_and_asks_for_a_token(server: Server, archives: list[Path]) -> None:
     fields: dict[str, Any] = {"prompt": "80s pop", "duration": 1, "seed": 5, "format": "ogg"}
     before = server.post(**fields)
@@ -86,9 +60,3 @@ def test_a_restarted_server_gives_the_same_bytes_and_asks_for_a_token(server: Se
         manage = restarted.torchserve.authorization("management")
         register = requests.post(f"{restarted.management}/models?url=tiny.mar", headers=manage, timeout=TIMEOUT)
         assert register.status_code == 405
-
-
-def test_the_server_reports_metrics_for_prometheus(server: Server) -> None:
-    server.post(duration=0.1)
-    report = requests.get(f"{server.metrics}/metrics", timeout=TIMEOUT).text
-    assert 'ts_inference_requests_total{model_name="tiny"' in report

@@ -1,291 +1,207 @@
+"""The engine's process: its deaths cost a pause, and no client hangs."""
+
 from __future__ import annotations
 
 import asyncio
-import pickle
-import threading
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
-import torch
 
 from handler.engine.engine import Engine
 from handler.engine.messages import (
-    Card,
+    Audio,
     DeadlineExceededError,
+    Done,
     EngineBusyError,
-    EngineClosedError,
+    EngineDiedError,
+    EngineUnavailableError,
     Event,
     Failed,
-    Finished,
     Job,
     JobCancelledError,
     Progress,
+    Restarted,
+    Started,
 )
-from handler.errors import RequestError
+from handler.engine.process import ModelSpec
 from handler.params import Clip, GenerationParams
-
-Gate = threading.Event
-
-
-class FakeModel:
-    """Makes a clip of ones in three steps; a description that names a gate waits there before every step."""
-
-    sample_rate, frame_rate, audio_channels, max_duration = 32_000, 50.0, 1, 30.0
-    conditioners = ("description",)
-    conditioning = SimpleNamespace(texts={}, wavs={})
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def __init__(self) -> None:
-        self.gates: dict[str | None, Gate] = {}
-        self.served: list[str | None] = []
-        self.begun = threading.Semaphore(0)
-
-    def generate_clip(
-        self, clip: Clip, params: GenerationParams, callback: Callable[[int, int], None]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.served.append(clip.description)
-        self.begun.release()
-        if clip.description == "broken":
-            raise RuntimeError("CUDA error")
-        if clip.description == "impossible":
-            raise RequestError("duration", "makes no sense")
-        for step in range(3):
-            if clip.description in self.gates:
-                self.gates[clip.description].wait(30)
-            callback(step + 1, 3)
-        return torch.ones(1, 640), torch.zeros(4, 1, dtype=torch.long)
+from tests.parity.models import GOLDENS
 
 
-@pytest.fixture
-def model() -> FakeModel:
-    return FakeModel()
+def spec(**changes: object) -> ModelSpec:
+    values: dict[str, object] = {
+        "checkpoint": GOLDENS / "text_mono",
+        "hub_dir": GOLDENS / "hub",
+        "device": "cpu",
+        "dtype": None,
+        "threads": 1,
+        "max_concurrency": 4,
+        "memory_budget": None,
+        "max_prompt_tokens": 512,
+        "chunk_seconds": 0.5,
+    }
+    return ModelSpec(**{**values, **changes})  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def engine(model: FakeModel) -> Iterator[Engine]:
-    engine = started(model)
-    yield engine
-    for gate in model.gates.values():
-        gate.set()
-    engine.close()
-
-
-def started(model: FakeModel, max_queue: int = 2) -> Engine:
-    load: Any = lambda: model  # noqa: E731
-    engine = Engine(load, max_queue=max_queue)
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = Engine(spec(), max_queue=3)
     engine.start()
-    return engine
-
-
-def job(description: str | None = None, seconds: float = 60.0, job_id: str = "") -> Job:
-    params = GenerationParams(seed=0)
-    return Job(job_id or str(description), Clip(description), params, deadline=time.monotonic() + seconds)
-
-
-async def outcome(engine: Engine, given: Job) -> Event:
-    events = [event async for event in engine.generate(given)]
-    assert all(isinstance(event, Progress) for event in events[:-1])
-    return events[-1]
-
-
-async def error(engine: Engine, given: Job) -> Exception:
-    last = await outcome(engine, given)
-    assert isinstance(last, Failed)
-    return last.error
-
-
-async def begin(model: FakeModel) -> None:
-    """Wait until a further job has begun to run."""
-    assert await asyncio.to_thread(model.begun.acquire, timeout=30)
-
-
-async def settle() -> None:
-    """Let every task reach its next wait."""
-    for _ in range(10):
-        await asyncio.sleep(0)
-
-
-def test_a_job_gives_its_progress_and_then_its_clip(engine: Engine) -> None:
-    async def run() -> list[Event]:
-        return [event async for event in engine.generate(job())]
-
-    *progress, last = asyncio.run(run())
-    assert progress == [Progress(1, 3), Progress(2, 3), Progress(3, 3)]
-    assert isinstance(last, Finished)
-    assert last.wav.shape == (1, 640)
-    assert (last.sample_rate, last.frame_rate, last.codes.shape) == (32_000, 50.0, (4, 1))
-
-
-def test_the_card_tells_what_is_loaded(engine: Engine) -> None:
-    assert engine.describe() == Card(32_000, 1, 50.0, 30.0, ("description",), "cpu", "float32")
-
-
-def test_jobs_are_served_in_the_order_they_came(model: FakeModel, engine: Engine) -> None:
-    async def run() -> None:
-        model.gates["first"] = Gate()
-        tasks = [asyncio.create_task(outcome(engine, job("first")))]
-        await begin(model)
-        for name in ("second", "third"):
-            tasks.append(asyncio.create_task(outcome(engine, job(name))))
-            await settle()
-        model.gates["first"].set()
-        assert all(isinstance(last, Finished) for last in await asyncio.gather(*tasks))
-
-    asyncio.run(run())
-    assert model.served == ["first", "second", "third"]
-
-
-def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(model: FakeModel, engine: Engine) -> None:
-    async def run() -> None:
-        model.gates["slow"] = Gate()
-        running = asyncio.create_task(outcome(engine, job("slow")))
-        await begin(model)
-        waiting = [asyncio.create_task(outcome(engine, job(name))) for name in ("a", "b")]
-        await settle()
-        refused = await error(engine, job("c"))
-        assert isinstance(refused, EngineBusyError)
-        assert refused.retry_after >= 1
-        model.gates["slow"].set()
-        assert all(isinstance(last, Finished) for last in await asyncio.gather(running, *waiting))
-        assert isinstance(await outcome(engine, job("c")), Finished)
-
-    asyncio.run(run())
-
-
-def test_an_idle_engine_without_a_queue_serves(model: FakeModel) -> None:
-    engine = started(model, max_queue=0)
-    assert isinstance(asyncio.run(outcome(engine, job())), Finished)
+    yield engine
+    process = engine_process()
     engine.close()
+    assert process is None or not process.is_running()
 
 
-def test_a_waiting_job_is_given_up_at_its_deadline_and_frees_its_place(model: FakeModel, engine: Engine) -> None:
+def engine_process() -> psutil.Process | None:
+    children = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    return children[-1] if children else None
+
+
+def kill_engine() -> None:
+    process = engine_process()
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def job(name: str, duration: float = 0.5, seed: int = 0, **options: object) -> Job:
+    return Job(name, Clip("jazz"), GenerationParams(duration=duration, seed=seed), **options)  # type: ignore[arg-type]
+
+
+async def events_of(engine: Engine, wanted: Job, on_event: Callable[[Event], None] = lambda event: None) -> list[Event]:
+    events = []
+    async for event in engine.generate(wanted):
+        events.append(event)
+        on_event(event)
+    return events
+
+
+def wav_of(events: list[Event]) -> np.ndarray:
+    assert isinstance(events[-1], Done), events[-1]
+    restart = max((i for i, event in enumerate(events) if isinstance(event, Restarted)), default=-1)
+    return np.concatenate([event.wav for event in events[restart + 1 :] if isinstance(event, Audio)], axis=1)
+
+
+def error_of(events: list[Event]) -> Exception:
+    assert isinstance(events[-1], Failed), events[-1]
+    return events[-1].error
+
+
+def kill_once(kind: type[Event]) -> Callable[[Event], None]:
+    """Kills the engine at the first event of a kind."""
+    pending = [kind]
+
+    def on_event(event: Event) -> None:
+        if pending and isinstance(event, pending[0]):
+            pending.clear()
+            kill_engine()
+
+    return on_event
+
+
+def kill_each_life() -> Callable[[Event], None]:
+    """Kills each engine that begins with a job and makes progress."""
+    begun = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Started):
+            begun.append(event)
+        elif isinstance(event, Progress) and begun:
+            begun.clear()
+            kill_engine()
+
+    return on_event
+
+
+def test_a_running_request_is_run_again_after_a_death_and_a_waiting_one_still_runs(engine: Engine) -> None:
     async def run() -> None:
-        model.gates["slow"] = Gate()
-        running = asyncio.create_task(outcome(engine, job("slow")))
-        await begin(model)
-        for _ in range(5):
-            assert isinstance(await error(engine, job("late", seconds=0.01)), DeadlineExceededError)
-        model.gates["slow"].set()
-        assert isinstance(await running, Finished)
+        jobs = [job(f"j{i}", 2.0, seed=i) for i in range(6)]
+        expected = [wav_of(await events_of(engine, wanted)) for wanted in jobs]
+        outcomes = await asyncio.gather(
+            events_of(engine, jobs[0], kill_once(Progress)), *(events_of(engine, wanted) for wanted in jobs[1:])
+        )
+        assert any(isinstance(event, Restarted) for event in outcomes[0])
+        for events, wav in zip(outcomes, expected, strict=True):
+            np.testing.assert_array_equal(wav_of(events), wav)
 
     asyncio.run(run())
-    assert model.served == ["slow"]
 
 
-def test_a_running_job_ends_at_its_deadline_and_the_next_is_served(model: FakeModel, engine: Engine) -> None:
+def test_a_request_that_runs_at_two_deaths_is_given_up(engine: Engine) -> None:
+    error = error_of(asyncio.run(events_of(engine, job("poison", 5.0), kill_each_life())))
+    assert isinstance(error, EngineDiedError)
+    assert "twice" in str(error)
+
+
+def test_a_request_that_kills_the_engine_costs_the_others_beside_it_only_time(engine: Engine) -> None:
     async def run() -> None:
-        model.gates["slow"] = Gate()
-        assert isinstance(await error(engine, job("slow", seconds=0.05)), DeadlineExceededError)
-        model.gates["slow"].set()
-        assert isinstance(await outcome(engine, job("next")), Finished)
+        beside = [job(f"b{i}", 1.0, seed=i) for i in range(3)]
+        expected = [wav_of(await events_of(engine, wanted)) for wanted in beside]
+        poison, *others = await asyncio.gather(
+            events_of(engine, job("poison", 5.0), kill_each_life()), *(events_of(engine, wanted) for wanted in beside)
+        )
+        assert isinstance(error_of(poison), EngineDiedError)
+        for events, wav in zip(others, expected, strict=True):
+            np.testing.assert_array_equal(wav_of(events), wav)
 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("chosen", ["running", "waiting"])
-def test_a_cancelled_job_fails_and_the_others_do_not(model: FakeModel, engine: Engine, chosen: str) -> None:
+def test_a_stream_under_way_is_broken_off_and_not_begun_anew(engine: Engine) -> None:
+    events = asyncio.run(events_of(engine, job("stream", 10.0, stream=True), kill_once(Audio)))
+    assert isinstance(error_of(events), EngineDiedError)
+    assert not any(isinstance(event, Restarted) for event in events)
+
+
+def test_a_full_queue_answers_at_once(engine: Engine) -> None:
     async def run() -> None:
-        model.gates["running"] = Gate()
-        tasks = {"running": asyncio.create_task(outcome(engine, job("running")))}
-        await begin(model)
-        tasks["waiting"] = asyncio.create_task(outcome(engine, job("waiting")))
-        await settle()
-        assert engine.cancel(chosen)
-        cancelled = await tasks.pop(chosen)
-        assert isinstance(cancelled, Failed)
-        assert isinstance(cancelled.error, JobCancelledError)
-        model.gates["running"].set()
-        [other] = await asyncio.gather(*tasks.values())
-        assert isinstance(other, Finished)
-        assert not engine.cancel(chosen)
+        running = [asyncio.create_task(events_of(engine, job(f"r{i}", 30.0))) for i in range(7)]
+        await asyncio.sleep(0.5)
+        error = error_of(await events_of(engine, job("one more")))
+        assert isinstance(error, EngineBusyError)
+        assert error.retry_after >= 1
+        assert engine.cancel("r0")
+        assert isinstance(error_of(await running[0]), JobCancelledError)
+        assert not engine.cancel("r0")
+        for task in running[1:]:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        wav_of(await events_of(engine, job("after")))
 
     asyncio.run(run())
 
 
-def test_leaving_the_events_early_stops_the_generation(model: FakeModel, engine: Engine) -> None:
+def test_a_deadline_frees_the_rows(engine: Engine) -> None:
     async def run() -> None:
-        model.gates["left"] = Gate()
-        events = engine.generate(job("left"))
-        task = asyncio.ensure_future(anext(events))
-        await begin(model)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        model.gates["left"].set()
-        assert isinstance(await outcome(engine, job("next")), Finished)
+        started = time.monotonic()
+        late = [events_of(engine, job(f"late{i}", 30.0, deadline=started + 1.0)) for i in range(4)]
+        for events in await asyncio.gather(*late):
+            assert isinstance(error_of(events), DeadlineExceededError)
+        wav_of(await events_of(engine, job("after")))
 
     asyncio.run(run())
 
 
-def test_what_the_model_raises_fails_that_job_alone(engine: Engine) -> None:
-    async def run() -> None:
-        assert isinstance(await error(engine, job("broken")), RuntimeError)
-        refused = await error(engine, job("impossible"))
-        assert isinstance(refused, RequestError)
-        assert refused.field == "duration"
-        assert isinstance(await outcome(engine, job()), Finished)
-
-    asyncio.run(run())
-
-
-def test_a_model_that_cannot_be_loaded_is_the_error_of_start() -> None:
-    def load() -> Any:
-        raise OSError("no such folder")
-
-    with pytest.raises(OSError, match="no such folder"):
-        Engine(load).start()
-
-
-def test_closing_fails_what_is_running_and_waiting(model: FakeModel, engine: Engine) -> None:
-    async def run() -> None:
-        model.gates["slow"] = Gate()
-        tasks = [asyncio.create_task(error(engine, job("slow")))]
-        await begin(model)
-        tasks.append(asyncio.create_task(error(engine, job("waiting"))))
-        await settle()
-        closing = asyncio.create_task(asyncio.to_thread(engine.close))
-        assert all(isinstance(failure, EngineClosedError) for failure in await asyncio.gather(*tasks))
-        model.gates["slow"].set()
-        await closing
-        assert isinstance(await error(engine, job()), EngineClosedError)
-
-    asyncio.run(run())
-    engine.close()
-
-
-def test_an_engine_that_was_not_started_serves_nothing() -> None:
-    load: Any = FakeModel
-    engine = Engine(load)
-    assert isinstance(asyncio.run(error(engine, job())), EngineClosedError)
-    with pytest.raises(EngineClosedError):
-        engine.describe()
-    engine.close()
+def test_a_model_that_cannot_be_loaded_tells_why(tmp_path: Path) -> None:
+    with pytest.raises(
+        EngineUnavailableError, match=r"the model could not be loaded: CheckpointError: .*state_dict.bin"
+    ):
+        Engine(spec(checkpoint=tmp_path), max_queue=1).start()
 
 
 @pytest.mark.parametrize(
-    "message",
+    ("mebibytes", "complaint"),
     [
-        job("rock"),
-        Progress(1, 2),
-        Card(32_000, 1, 50.0, 30.0, ("description",), "cpu", "float32"),
-        *map(
-            Failed, (EngineBusyError(64, 3), EngineClosedError("x"), DeadlineExceededError("x"), JobCancelledError("x"))
-        ),
-        Failed(RequestError("seed", "is missing")),
+        (1, r"the model's weights take \d+ MiB, and 1 MiB is the `memory_budget`"),
+        (14, r"the keys and values of one request take \d+ MiB, and beside the model there is room for \d MiB"),
     ],
 )
-def test_every_message_survives_pickling(message: Any) -> None:
-    copy = pickle.loads(pickle.dumps(message))
-    assert repr(copy) == repr(message)
-    if isinstance(message, Failed):
-        assert vars(copy.error) == vars(message.error)
-
-
-def test_a_finished_clip_survives_pickling() -> None:
-    clip = Finished(torch.rand(1, 640), 32_000, 50.0, torch.zeros(4, 1, dtype=torch.long))
-    copy = pickle.loads(pickle.dumps(clip))
-    assert torch.equal(copy.wav, clip.wav)
-    assert torch.equal(copy.codes, clip.codes)
+def test_a_budget_too_small_is_refused_with_the_numbers(mebibytes: int, complaint: str) -> None:
+    with pytest.raises(EngineUnavailableError, match=complaint):
+        Engine(spec(memory_budget=mebibytes * 2**20), max_queue=1).start()

@@ -8,32 +8,32 @@ from typing import Any
 import pytest
 import soundfile
 import torch
+from torch import Tensor
 
 from handler.engine.messages import (
     DeadlineExceededError,
     EngineBusyError,
-    EngineClosedError,
-    Finished,
+    EngineUnavailableError,
     JobCancelledError,
 )
-from handler.errors import RequestError
-from handler.reply import clip_reply, description_reply, error_reply
+from handler.errors import RequestError, UnknownRequestError
+from handler.question import ClipQuestion
+from handler.reply import clip_reply, error_reply, json_reply
 from handler.request import GenerationRequest, Limits
-from handler.request_parser import MediaTypeError, NotServedError, RequestParser, UnknownPathError
+from handler.request_parser import MediaTypeError, RequestParser, UnknownPathError
 
 PARSER = RequestParser(Limits(120.0, 600.0, 512, 1_000_000, 60.0, 50.0, 30.0))
 
 
 def request(**fields: Any) -> GenerationRequest:
     parsed = PARSER.parse({"body": {"seed": 7, **fields}}, {"content-type": "application/json"})
-    assert parsed is not None
-    return parsed
+    assert isinstance(parsed, ClipQuestion)
+    return parsed.request
 
 
-def clip(channels: int = 2, seconds: float = 1.0) -> Finished:
+def clip(channels: int = 2, seconds: float = 1.0) -> Tensor:
     time = torch.arange(int(32_000 * seconds)) / 32_000
-    wav = 0.3 * torch.sin(2 * torch.pi * 330 * time).repeat(channels, 1)
-    return Finished(wav, 32_000, 50.0, torch.zeros(4, int(50 * seconds), dtype=torch.long))
+    return 0.3 * torch.sin(2 * torch.pi * 330 * time).repeat(channels, 1)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def clip(channels: int = 2, seconds: float = 1.0) -> Finished:
 def test_a_clip_comes_in_the_format_asked_for_and_says_what_it_is(
     audio_format: str, content_type: str, rate: int
 ) -> None:
-    reply = clip_reply(request(format=audio_format), clip(), "small")
+    reply = clip_reply(request(format=audio_format), clip(), 32_000, "small")
     assert (reply.status, reply.content_type) == (200, content_type)
     assert reply.headers == {
         "x-seed": "7",
@@ -67,10 +67,10 @@ def test_a_clip_comes_in_the_format_asked_for_and_says_what_it_is(
 
 
 def test_json_holds_a_wav_and_what_the_headers_say() -> None:
-    reply = clip_reply(request(format="json"), clip(), "small")
+    reply = clip_reply(request(format="json"), clip(), 32_000, "small")
     content = json.loads(reply.body)
     assert reply.content_type == "application/json"
-    assert base64.b64decode(content.pop("audio")) == clip_reply(request(), clip(), "small").body
+    assert base64.b64decode(content.pop("audio")) == clip_reply(request(), clip(), 32_000, "small").body
     assert content == {
         "seed": 7,
         "sample_rate": 32_000,
@@ -83,7 +83,7 @@ def test_json_holds_a_wav_and_what_the_headers_say() -> None:
 
 def test_the_level_is_set_as_asked() -> None:
     def peak(strategy: str) -> float:
-        body = clip_reply(request(normalization=strategy), clip(), "small").body
+        body = clip_reply(request(normalization=strategy), clip(), 32_000, "small").body
         return float(abs(soundfile.read(io.BytesIO(body))[0]).max())
 
     assert peak("none") == pytest.approx(0.3, abs=1e-3)
@@ -92,13 +92,13 @@ def test_the_level_is_set_as_asked() -> None:
 
 @pytest.mark.parametrize("variant", ["a\r\nx-evil: 1", "é", "\x00"])
 def test_nothing_can_break_out_of_a_header(variant: str) -> None:
-    value = clip_reply(request(), clip(), variant).headers["x-variant"]
+    value = clip_reply(request(), clip(), 32_000, variant).headers["x-variant"]
     assert value.isascii()
     assert value.isprintable()
 
 
 def test_a_description_is_json() -> None:
-    reply = description_reply({"variant": "small"})
+    reply = json_reply({"variant": "small"})
     assert (reply.status, reply.content_type, json.loads(reply.body)) == (200, "application/json", {"variant": "small"})
 
 
@@ -108,9 +108,9 @@ def test_a_description_is_json() -> None:
         (RequestError("top_k", "must be a number"), 400, "invalid_request", "top_k"),
         (UnknownPathError(None, "there is nothing"), 404, "not_found", None),
         (MediaTypeError(None, "is not read"), 415, "unsupported_media_type", None),
-        (NotServedError("stream", "is not served yet"), 501, "not_implemented", "stream"),
+        (UnknownRequestError("id", "no request of this id"), 404, "unknown_request", "id"),
         (EngineBusyError(64, 5), 503, "busy", None),
-        (EngineClosedError("the engine is closing"), 503, "unavailable", None),
+        (EngineUnavailableError("the engine is closing"), 503, "unavailable", None),
         (DeadlineExceededError("its timeout passed"), 504, "deadline_exceeded", None),
         (JobCancelledError("was cancelled"), 499, "cancelled", None),
     ],

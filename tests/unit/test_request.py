@@ -15,8 +15,9 @@ import pytest
 import soundfile
 
 from handler.errors import RequestError
+from handler.question import ClipQuestion, DescriptionQuestion
 from handler.request import ALIASES, GenerationRequest, Limits
-from handler.request_parser import MediaTypeError, NotServedError, RequestParser, UnknownPathError
+from handler.request_parser import MediaTypeError, RequestParser, UnknownPathError
 
 LIMITS = Limits(
     max_duration=120.0,
@@ -55,9 +56,9 @@ def base64_of(data: bytes) -> str:
 def parse(
     row: Mapping[str, Any], headers: Mapping[str, str] = NO_VALUES, parser: RequestParser = PARSER
 ) -> GenerationRequest:
-    request = parser.parse(row, headers)
-    assert request is not None
-    return request
+    question = parser.parse(row, headers)
+    assert isinstance(question, ClipQuestion)
+    return question.request
 
 
 def parse_json(body: Any, parser: RequestParser = PARSER) -> GenerationRequest:
@@ -90,9 +91,7 @@ def test_an_empty_json_object_is_an_unconditional_clip_with_the_defaults() -> No
 
 def test_the_default_duration_is_the_longest_where_that_is_less_than_eight_seconds() -> None:
     limits = Limits(5.0, 600.0, 512, 1000, 1.0, 50.0, 30.0)
-    request = RequestParser(limits).parse({"body": {}}, {"content-type": "application/json"})
-    assert request is not None
-    assert request.duration == 5
+    assert parse_json({}, RequestParser(limits)).duration == 5
 
 
 def test_plain_text_is_the_prompt() -> None:
@@ -130,8 +129,8 @@ def test_a_part_that_says_it_is_json_counts_as_its_value() -> None:
 
 
 def test_no_body_and_no_content_type_asks_for_the_description() -> None:
-    assert PARSER.parse({"body": bytearray()}, {}) is None
-    assert PARSER.parse({}, {}) is None
+    assert PARSER.parse({"body": bytearray()}, {}) == DescriptionQuestion()
+    assert PARSER.parse({}, {}) == DescriptionQuestion()
 
 
 def test_an_empty_form_explains_how_to_send_a_field() -> None:
@@ -180,29 +179,29 @@ def test_text_that_is_not_utf8_is_refused() -> None:
 )
 def test_a_play_path_is_a_prompt_and_a_format(path: str, prompt: str, audio_format: str) -> None:
     request = parse({"body": b""}, {"url_path": path})
-    assert (request.prompt, request.format) == (prompt, audio_format)
+    assert (request.prompt, request.format, request.streams) == (prompt, audio_format, True)
+
+
+def test_a_play_path_to_json_is_one_whole_reply() -> None:
+    request = parse({"body": b""}, {"url_path": "play/rock.json"})
+    assert (request.format, request.streams) == ("json", False)
 
 
 def test_a_play_path_takes_further_fields_but_none_of_its_own_twice() -> None:
     headers = {"url_path": "play/rock.mp3", "content-type": "application/json"}
     assert parse({"body": {"duration": 2}}, headers).duration == 2
-    assert refusal({"body": {"text": "pop"}}, headers).field == "prompt"
+    assert parse({"body": {"stream_format": "sse"}}, headers).stream_format == "sse"
+    for twice, field in (("text", "prompt"), ("format", "format"), ("stream", "stream")):
+        assert refusal({"body": {twice: "pop"}}, headers).field == field
 
 
 def test_a_play_path_with_an_unknown_format_is_refused() -> None:
     assert refusal({"body": b""}, {"url_path": "play/rock.midi"}).field == "format"
 
 
-@pytest.mark.parametrize("path", ["x", "play", "play/rock", "v1/audio", "playing/x.mp3"])
+@pytest.mark.parametrize("path", ["x", "play", "play/rock", "v1/audio", "playing/x.mp3", "cancel/x"])
 def test_an_unknown_path_is_not_found(path: str) -> None:
     assert isinstance(refusal({"body": b""}, {"url_path": path}), UnknownPathError)
-
-
-@pytest.mark.parametrize("path", ["v1/audio/speech", "v1/models", "cancel"])
-def test_a_path_that_is_not_served_yet_says_so(path: str) -> None:
-    error = refusal({"body": b""}, {"url_path": path})
-    assert isinstance(error, NotServedError)
-    assert path in str(error)
 
 
 # ---- names
@@ -487,16 +486,25 @@ def test_up_to_512_vectors_of_style_are_taken(fields: dict[str, Any]) -> None:
     assert parse_json({"style": SHORT_STYLE, **fields}, STYLE_PARSER).style is not None
 
 
-# ---- what is not served yet
+# ---- streams
 
 
-@pytest.mark.parametrize(("name", "value"), [("stream", True), ("stream_format", "sse")])
-def test_a_valid_field_that_is_not_served_yet_says_so(name: str, value: Any) -> None:
-    error = refusal_of_json({name: value})
-    assert isinstance(error, NotServedError)
-    assert error.field == name
-    assert parse_json({"stream": False, "stream_format": "audio"}).stream is False
+@pytest.mark.parametrize(
+    ("fields", "streams"),
+    [
+        ({}, False),
+        ({"stream": False, "stream_format": "audio"}, False),
+        ({"stream": True}, True),
+        ({"stream_format": "sse"}, True),
+        ({"stream": False, "stream_format": "sse", "format": "mp3"}, True),
+    ],
+)
+def test_a_stream_is_asked_for_by_name_or_by_its_events(fields: dict[str, Any], streams: bool) -> None:
+    assert parse_json(fields).streams is streams
 
 
-def test_a_bad_value_is_refused_before_anything_is_not_served() -> None:
-    assert type(refusal_of_json({"stream": True, "duration": -1})) is RequestError
+@pytest.mark.parametrize("fields", [{"stream": True}, {"stream_format": "sse"}])
+def test_json_cannot_be_streamed(fields: dict[str, Any]) -> None:
+    error = refusal_of_json({"format": "json", **fields})
+    assert error.field == "format"
+    assert "`stream_format`" in error.message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,10 @@ from ts.protocol.otf_message_handler import create_predict_response
 from ts.service import Service
 
 from handler import torchserve_compat
+from handler.errors import RequestError
 from handler.reply import Reply
-from handler.torchserve_compat import CHUNK_BYTES, Exchange, LockedSocket
+from handler.streaming import StreamedReply
+from handler.torchserve_compat import CHUNK_BYTES, SENT, Exchange, LockedSocket
 
 
 class FakeSocket:
@@ -88,8 +90,8 @@ def sent(reply: Reply, row: Mapping[str, Any], headers: Mapping[str, Any]) -> li
     raw: Any = FakeSocket()
     locked = LockedSocket(raw)
     context = context_of(headers, locked)
-    returned = asyncio.run(Exchange(row, context).send(reply))
-    locked.sendall(create_predict_response(returned, context.request_ids, "Prediction success", 200, context))
+    asyncio.run(Exchange(row, context).send(reply))
+    locked.sendall(create_predict_response([SENT], context.request_ids, "Prediction success", 200, context))
     return messages_in(raw.data)
 
 
@@ -134,6 +136,72 @@ def test_a_reply_over_grpc_is_one_message_that_ends_its_stream(status: int) -> N
 def test_a_reply_too_long_for_one_message_over_grpc_is_an_error() -> None:
     [message] = sent(Reply(200, "audio/wav", bytes(7_000_000)), {"prompt": b"x"}, {})
     assert b"too long for one gRPC message" in message.body
+
+
+def streamed(
+    pieces: list[bytes | Exception], headers: Mapping[str, Any] = HTTP
+) -> tuple[list[Message], list[int], bool, Exception | None]:
+    """All the frontend gets, how many messages it had at each piece, whether it has begun, and what was raised."""
+    raw: Any = FakeSocket()
+    locked = LockedSocket(raw)
+    context = context_of(headers, locked)
+    exchange = Exchange(ROW, context)
+    had = []
+
+    async def body() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            had.append(len(messages_in(raw.data)))
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    raised = None
+    try:
+        asyncio.run(exchange.send_stream(StreamedReply("audio/mpeg", body(), {"x-seed": "7"})))
+    except Exception as error:
+        raised = error
+    locked.sendall(create_predict_response([SENT], context.request_ids, "Prediction success", 200, context))
+    return messages_in(raw.data), had, exchange.has_begun, raised
+
+
+def test_a_stream_is_sent_piece_by_piece_as_it_comes() -> None:
+    messages, had, has_begun, raised = streamed([b"first", b"", b"second"])
+    assert [message.body for message in messages] == [b"first", b"second", b""]
+    assert [message.headers["ts_stream_next"] for message in messages] == ["true", "true", "false"]
+    assert (had, has_begun, raised) == ([0, 1, 1], True, None)
+    for message in messages:
+        assert (message.code, message.status, message.phrase, message.request_id) == (200, 200, "OK", "frontend-id")
+        assert (message.headers["content-type"], message.headers["x-seed"]) == ("audio/mpeg", "7")
+
+
+def test_a_long_piece_of_a_stream_is_cut_into_chunks() -> None:
+    piece = bytes(range(256)) * (CHUNK_BYTES // 256) * 2 + b"rest"
+    messages, *_ = streamed([piece, b"end"])
+    assert [len(message.body) for message in messages] == [CHUNK_BYTES, CHUNK_BYTES, 4, 3, 0]
+    assert b"".join(message.body for message in messages) == piece + b"end"
+
+
+def test_a_stream_that_breaks_off_has_its_end() -> None:
+    failure = RuntimeError("the engine died")
+    messages, _, has_begun, raised = streamed([b"first", failure])
+    assert [message.body for message in messages] == [b"first", b""]
+    assert messages[-1].headers["ts_stream_next"] == "false"
+    assert has_begun
+    assert raised is failure
+
+
+def test_streams_are_refused_over_grpc_alone() -> None:
+    Exchange(ROW, context_of(HTTP)).require_streams()
+    with pytest.raises(RequestError, match=r"stream: is not served over gRPC"):
+        Exchange(ROW, context_of({"prompt": {"content-type": ""}})).require_streams()
+
+
+def test_a_reply_has_begun_with_its_first_message() -> None:
+    raw: Any = FakeSocket()
+    exchange = Exchange(ROW, context_of(HTTP, LockedSocket(raw)))
+    assert not exchange.has_begun
+    asyncio.run(exchange.send(Reply(200, "audio/wav", b"")))
+    assert exchange.has_begun
 
 
 @pytest.mark.parametrize(

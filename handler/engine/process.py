@@ -1,0 +1,182 @@
+"""The engine's own process: loads the model, then runs the scheduler over what comes through a pipe.
+
+It is a child of the worker, so that what can die here (a CUDA fault, the out-of-memory killer) takes no client with
+it. It leaves by itself when the pipe closes: TorchServe ends workers by SIGKILL, and nobody else would end it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from handler.engine.messages import (
+    Cancel,
+    Card,
+    Close,
+    Command,
+    Done,
+    Event,
+    Failed,
+    Job,
+    Load,
+    LoadFailed,
+    Ready,
+    Wake,
+)
+from handler.params import Clip, GenerationParams
+
+if TYPE_CHECKING:
+    from handler.engine.scheduler import Emit, Scheduler
+    from handler.musicgen import MusicGen
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_SECONDS = 0.2
+"""Of the clip that is made before the first client's."""
+
+LOAD_SECONDS = 1.0
+"""Between two reports of how busy the process is."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What the process loads, and how much it may hold.
+
+    Attributes:
+        checkpoint, hub_dir: folders of the model and of its auxiliary models.
+        device, dtype: as `MusicGen.get_pretrained`.
+        threads: of torch on a CPU; None is torch's own choice.
+        max_concurrency: requests that run together, at most.
+        memory_budget: bytes for the model, keys and values; None is a share of what is free once the model is loaded.
+        max_prompt_tokens: the longest text, which a prepended condition must find room for.
+        chunk_seconds: seconds of one chunk of audio.
+    """
+
+    checkpoint: Path
+    hub_dir: Path
+    device: str
+    dtype: str | None
+    threads: int | None
+    max_concurrency: int
+    memory_budget: int | None
+    max_prompt_tokens: int
+    chunk_seconds: float
+
+
+def run(connection: Connection, spec: ModelSpec) -> None:
+    """The process's main: never returns before the pipe closes."""
+    # Ctrl-C goes to the whole group of a terminal; the worker decides when this process ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    writing = threading.Lock()
+
+    def emit(job_id: str, event: Event) -> None:
+        with writing:
+            connection.send((job_id, event))
+
+    threading.Thread(target=_read, args=(connection, commands), name="commands", daemon=True).start()
+    try:
+        scheduler, card = _load(spec, emit, lambda: commands.put(Wake()))
+    except Exception as error:
+        logger.exception("the model could not be loaded")
+        with suppress(OSError):
+            emit("", LoadFailed(f"{type(error).__name__}: {error}", traceback.format_exc()))
+        return
+    emit("", Ready(card))
+    rounds, since = 0, time.monotonic()
+    while True:
+        # Blocks while there is nothing to do; between two steps it only looks.
+        while not commands.empty() or not scheduler.busy:
+            if not scheduler.busy and rounds:
+                emit("", Load(0, 0.0))
+                rounds = 0
+            _obey(scheduler, commands.get())
+        if rounds == 0:
+            since = time.monotonic()
+        scheduler.round()
+        rounds += 1
+        elapsed = time.monotonic() - since
+        if elapsed >= LOAD_SECONDS:
+            emit("", Load(scheduler.rows, rounds / elapsed))
+            rounds, since = 1, time.monotonic()
+
+
+def _read(connection: Connection, commands: queue.SimpleQueue[Command]) -> None:
+    """Takes commands off the pipe as they come, so that the worker never waits for a decode step."""
+    with suppress(EOFError, OSError):
+        while not isinstance(command := connection.recv(), Close):
+            commands.put(command)
+    os._exit(0)
+
+
+def _obey(scheduler: Scheduler, command: Command) -> None:
+    match command:
+        case Job():
+            scheduler.submit(command)
+        case Cancel(job_id):
+            scheduler.cancel(job_id)
+
+
+def _load(spec: ModelSpec, emit: Emit, wake: Callable[[], None]) -> tuple[Scheduler, Card]:
+    # Imported here, in the child alone: the worker stays thin.
+    import torch
+
+    from handler.engine.capacity import capacity_for, require_room
+    from handler.engine.scheduler import Scheduler
+    from handler.musicgen import MusicGen
+
+    torch.backends.cudnn.allow_tf32 = False  # or the audio of a GPU would be that of 10-bit convolutions
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    require_room(spec)
+    model = MusicGen.get_pretrained(spec.checkpoint, spec.device, spec.dtype, spec.hub_dir)
+    capacity = capacity_for(model, spec)
+    chunk_frames = max(1, round(spec.chunk_seconds * model.frame_rate))
+    scheduler = Scheduler(model, capacity, chunk_frames, spec.max_prompt_tokens, emit, wake)
+    _warm_up(scheduler)
+    return scheduler, _card_of(model, capacity.requests)
+
+
+def _warm_up(scheduler: Scheduler) -> None:
+    """Makes a clip, so that the first client does not wait for what is set up at the first use.
+
+    Raises:
+        EngineError: what a client's request would end with.
+    """
+    events: list[Event] = []
+    emit, scheduler.emit = scheduler.emit, lambda _, event: events.append(event)
+    scheduler.submit(Job("warm-up", Clip("warm-up"), GenerationParams(duration=WARM_UP_SECONDS, seed=0)))
+    while not (events and isinstance(events[-1], Done | Failed)):
+        if scheduler.busy:
+            scheduler.round()
+        else:
+            time.sleep(0.001)
+    scheduler.emit = emit
+    if isinstance(events[-1], Failed):
+        raise events[-1].error
+
+
+def _card_of(model: MusicGen, concurrency: int) -> Card:
+    return Card(
+        sample_rate=model.sample_rate,
+        channels=model.audio_channels,
+        frame_rate=float(model.frame_rate),
+        window=float(model.max_duration),
+        conditioners=tuple(model.conditioners),
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        concurrency=concurrency,
+        melody=model.melody,
+    )

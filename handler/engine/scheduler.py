@@ -1,0 +1,248 @@
+"""Continuous batching: which request runs, which waits, and what each has to show after every decode step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from handler.compression.streaming import StreamingDecoder
+from handler.engine.messages import Audio, Done, Event, Failed, Job, ModelError, Preparing, Progress, Started
+from handler.errors import RequestError
+from handler.generation import Generation
+from handler.lm.decoder import Decoder, Slot, Window
+from handler.musicgen import MusicGen
+
+logger = logging.getLogger(__name__)
+
+Emit = Callable[[str, Event], None]
+"""Takes a job's id and what became of it."""
+
+PREPARERS = 2
+"""Threads that encode conditions: a melody's stems take long, and a text behind it should not wait for them."""
+
+PROGRESS_STEPS = 10
+"""A request reports its progress every so many decode steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the engine holds at once; claimed when it starts, never grown.
+
+    Attributes:
+        requests, rows: how many requests run together, and rows of all of them.
+        positions: the longest row, prefix included.
+        steps: the longest sequence of one window.
+    """
+
+    requests: int
+    rows: int
+    positions: int
+    steps: int
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A job on its way through the scheduler.
+
+    Its conditions are prepared in a thread (`preparing`), its window waits for free rows (`window`), and then runs
+    in them (`slot`); so it goes for every window it has.
+
+    Attributes:
+        steps: its decode steps so far.
+        decoded: the frames given to its audio decoder so far.
+    """
+
+    job: Job
+    audio: StreamingDecoder
+    preparing: Future[tuple[Generation, Window]] | None = None
+    generation: Generation | None = None
+    window: Window | None = None
+    slot: Slot | None = None
+    steps: int = 0
+    decoded: int = 0
+
+
+class Scheduler:
+    """Runs jobs together, first come first served.
+
+    Of the requests whose conditions are ready the oldest goes first; if it needs more rows than are free, it waits
+    and nobody overtakes it: so nobody starves, three rows or not. Audio is decoded in chunks that end at fixed
+    frames of each request, whoever else runs, so its bytes depend on the request alone. What goes wrong in preparing
+    or prefilling a request ends that one; what goes wrong in a step, which is everybody's, is raised.
+
+    Args:
+        model: the loaded model.
+        capacity: what runs at once.
+        chunk_frames: frames of one chunk of audio; the first is half of one, to be heard early.
+        max_prompt_tokens: the longest description, in tokens of T5.
+        emit: where events go; called from the thread that calls `round`, and from those that prepare requests.
+        wake: called from another thread when a request's conditions are ready.
+    """
+
+    def __init__(
+        self,
+        model: MusicGen,
+        capacity: Capacity,
+        chunk_frames: int,
+        max_prompt_tokens: int,
+        emit: Emit,
+        wake: Callable[[], None],
+    ) -> None:
+        self.model = model
+        self.capacity = capacity
+        self.chunk_frames = chunk_frames
+        self.max_prompt_tokens = max_prompt_tokens
+        self.emit = emit
+        self.wake = wake
+        self.decoder = Decoder(model.lm, capacity.requests, capacity.rows, capacity.positions, capacity.steps)
+        self._requests: list[_Request] = []  # by arrival
+        self._preparers = ThreadPoolExecutor(PREPARERS, thread_name_prefix="prepare")
+
+    @property
+    def rows(self) -> int:
+        """Rows in use."""
+        return sum(len(slot.rows) for slot in self.decoder.slots)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `round` has anything to do before the next call of `wake`."""
+        return any(
+            r.slot is not None or r.window is not None or (r.preparing is not None and r.preparing.done())
+            for r in self._requests
+        )
+
+    def submit(self, job: Job) -> None:
+        """Takes a job in; its events follow."""
+        request = _Request(job, StreamingDecoder(self.model.compression_model))
+        self._requests.append(request)
+        self._prepare(request, lambda: self._start(job))
+
+    def cancel(self, job_id: str) -> None:
+        """Forgets a job, and frees its rows before the next step."""
+        for request in [request for request in self._requests if request.job.id == job_id]:
+            self._forget(request)
+
+    @torch.inference_mode()
+    def round(self) -> None:
+        """One turn: lets a request in, makes one decode step, and hands out what is finished."""
+        self._collect()
+        self._admit()
+        for request in self._running():
+            request.steps += 1
+        self.decoder.step()
+        for request in self._running():
+            self._advance(request)
+
+    def _running(self) -> Iterator[_Request]:
+        return iter([request for request in self._requests if request.slot is not None])
+
+    def _start(self, job: Job) -> Generation:
+        tokens = self.model.prompt_tokens(job.clip.description)
+        if tokens > self.max_prompt_tokens:
+            raise RequestError("prompt", f"must be a text of at most {self.max_prompt_tokens} tokens, not {tokens}")
+        return self.model.start(job.clip, job.params)
+
+    def _prepare(self, request: _Request, start: Callable[[], Generation]) -> None:
+        """Encodes a request's conditions and prompt, in a thread."""
+
+        @torch.inference_mode()
+        def work() -> tuple[Generation, Window]:
+            self.emit(request.job.id, Preparing())
+            generation = start()
+            window = generation.next_window()
+            assert window is not None
+            return generation, window
+
+        request.preparing = self._preparers.submit(work)
+        request.preparing.add_done_callback(lambda _: self.wake())
+
+    def _collect(self) -> None:
+        """Takes in what the preparers have done. What is wrong with a request ends it, and only it."""
+        for request in list(self._requests):
+            if request.preparing is None or not request.preparing.done():
+                continue
+            try:
+                request.generation, request.window = request.preparing.result()
+                self._check_fits(request.window)
+            except Exception as error:
+                self._fail(request, error)
+            request.preparing = None
+
+    def _check_fits(self, window: Window) -> None:
+        if window.rows > self.capacity.rows:
+            raise RequestError("cfg_coef_beta", f"needs {window.rows} rows; this server holds {self.capacity.rows}")
+        if window.positions > self.capacity.positions:
+            raise RequestError(
+                None,
+                f"the prompt, the audio to follow and the clip take {window.positions} positions together; "
+                f"this server holds {self.capacity.positions}",
+            )
+
+    def _admit(self) -> None:
+        """Prefills the oldest request that is ready, if its rows are free; one a turn, not to hold up the others."""
+        request = next((request for request in self._requests if request.window is not None), None)
+        if request is None or request.window is None or not self.decoder.has_room(request.window):
+            return
+        if request.steps == 0:
+            self.emit(request.job.id, Started())
+        try:
+            request.slot, request.window = self.decoder.join(request.window), None
+        except Exception as error:
+            self._fail(request, error)
+            return
+        request.steps += 1
+        self._advance(request)
+
+    def _fail(self, request: _Request, error: Exception) -> None:
+        self._forget(request)
+        if not isinstance(error, RequestError):
+            # The rest of what it is may not go through a pipe.
+            logger.error("request %s failed", request.job.id, exc_info=error)
+            error = ModelError(f"{type(error).__name__}: {error}")
+        self.emit(request.job.id, Failed(error))
+
+    def _advance(self, request: _Request) -> None:
+        """Hands out the frames that became final, and goes on to the next window or the end."""
+        generation, slot = request.generation, request.slot
+        assert generation is not None
+        assert slot is not None
+        ready = generation.frames_ready(slot.step)
+        while request.decoded < ready and (self._chunk_end(request) <= ready or slot.done):
+            last = min(self._chunk_end(request), ready)
+            codes = generation.read(self.decoder.sequence_of(slot), request.decoded, last)
+            request.decoded = last
+            self._emit_audio(request, request.audio.push(codes))
+        if request.steps % PROGRESS_STEPS == 0:
+            self.emit(request.job.id, Progress(request.steps, generation.total_steps))
+        if not slot.done:
+            return
+        generation.accept(self.decoder.leave(slot))
+        request.slot = None
+        if generation.finished:
+            self._requests.remove(request)
+            self._emit_audio(request, request.audio.finish())
+            self.emit(request.job.id, Done(generation.codes.numpy()))
+        else:
+            self._prepare(request, lambda: generation)
+
+    def _chunk_end(self, request: _Request) -> int:
+        """The frame at which the next chunk of audio ends: half a chunk, then whole ones."""
+        half = max(1, self.chunk_frames // 2)
+        whole = max(0, request.decoded - half + self.chunk_frames) // self.chunk_frames
+        return half + whole * self.chunk_frames
+
+    def _emit_audio(self, request: _Request, wav: Tensor) -> None:
+        if wav.shape[-1]:
+            self.emit(request.job.id, Audio(wav.float().cpu().numpy()))
+
+    def _forget(self, request: _Request) -> None:
+        self._requests.remove(request)
+        if request.preparing is not None:
+            request.preparing.cancel()
+        if request.slot is not None:
+            self.decoder.leave(request.slot)
