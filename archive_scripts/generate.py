@@ -18,7 +18,7 @@ file.
   python -m archive_scripts generate small "80s pop with heavy drums" -o pop.wav --duration 12 --seed 7
 """
 FORMATS = ("wav", "flac", "mp3", "ogg")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def add_parser(commands: Any) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.checkpoints import checkpoint_of
+from benchmarks.report import Table
+from benchmarks.timing import Spread
 from handler.engine.engine import Engine
 from handler.engine.messages import Audio, Done, Failed, Job, Started
 from handler.engine.process import ModelSpec
@@ -32,54 +34,82 @@ class Times:
     done: float
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prints the benchmark."""
+def run(args: argparse.Namespace) -> list[Table]:
+    """The benchmark, as the command line asks for it."""
+    dtype = args.dtype[0] if args.dtype else None
+    checkpoint = checkpoint_of(args.dims)
+    return measure(args.dims, checkpoint, args.device, dtype, args.requests, args.duration, args.chunk, args.repeats)
+
+
+def measure(
+    name: str,
+    checkpoint: Path,
+    device: str,
+    dtype: str | None,
+    requests: int,
+    duration: float,
+    chunk: float,
+    repeats: int,
+) -> list[Table]:
+    """Starts an engine and asks it for music.
+
+    Args:
+        name: of the dimensions, for the title.
+        checkpoint: the folder.
+        device, dtype: as `MusicGen.get_pretrained`.
+        requests: how many together, and one after another.
+        duration: seconds of each.
+        chunk: seconds of one chunk of audio.
+        repeats: of the requests to an idle engine.
+    """
     spec = ModelSpec(
-        checkpoint=checkpoint_of(args.dims),
-        hub_dir=checkpoint_of(args.dims) / "hub",
-        device=args.device,
-        dtype=args.dtype,
+        checkpoint=checkpoint,
+        hub_dir=checkpoint / "hub",
+        device=device,
+        dtype=dtype,
         threads=None,
-        max_concurrency=args.requests,
+        max_concurrency=requests,
         memory_budget=None,
         max_prompt_tokens=64,
-        chunk_seconds=args.chunk,
+        chunk_seconds=chunk,
     )
-    engine = Engine(spec, max_queue=args.requests)
+    engine = Engine(spec, max_queue=requests)
     began = time.monotonic()
     engine.start()
-    print(f"{args.dims}, random weights, {engine.describe().dtype} on {engine.describe().device}")
-    print(f"ready after {time.monotonic() - began:.1f} s")
+    ready = time.monotonic() - began
+    title = f"Serving, {name}, {device}, {engine.describe().dtype}"
     try:
-        asyncio.run(_measure(engine, args))
+        rows = asyncio.run(_rows(engine, requests, duration, chunk, repeats))
     finally:
         engine.close()
+    note = f"First audio is half a chunk; {repeats} requests of one chunk of {chunk:g} s to an idle engine."
+    return [Table(title, ("what", "figure"), [("engine ready after", f"{ready:.1f} s"), *rows], [note])]
 
 
-async def _measure(engine: Engine, args: argparse.Namespace) -> None:
-    await _request(engine, 0, min(1.0, args.duration))  # warm-up
-    idle = [await _request(engine, i, args.chunk) for i in range(args.repeats)]
-    heard = statistics.median(times.heard for times in idle)
-    prefill = statistics.median(times.started for times in idle)
-    chunk = statistics.median(times.done - times.started for times in idle)
-    print(
-        f"first audio of an idle engine: {heard:.2f} s (median of {len(idle)}); the conditions take {prefill:.2f} s, "
-        f"and one chunk of {args.chunk:g} s with its prefill {chunk:.2f} s: {heard / (prefill + chunk):.2f} of both"
-    )
+async def _rows(engine: Engine, requests: int, duration: float, chunk: float, repeats: int) -> list[tuple[str, str]]:
+    await _request(engine, 0, min(1.0, duration))  # warm-up
+    idle = [await _request(engine, i, chunk) for i in range(repeats)]
+    heard = Spread([times.heard for times in idle])
+    prefill = Spread([times.started for times in idle])
+    whole = Spread([times.done - times.started for times in idle])
     began = time.monotonic()
-    for i in range(args.requests):
-        await _request(engine, i, args.duration)
+    for i in range(requests):
+        await _request(engine, i, duration)
     one_by_one = time.monotonic() - began
     began = time.monotonic()
-    together = await asyncio.gather(*(_request(engine, i, args.duration) for i in range(args.requests)))
+    together = await asyncio.gather(*(_request(engine, i, duration) for i in range(requests)))
     all_together = time.monotonic() - began
-    audio = args.requests * args.duration
-    print(f"{args.requests} requests of {args.duration:g} s, one after another: {one_by_one:.1f} s")
-    print(
-        f"the same together: {all_together:.1f} s, {one_by_one / all_together:.2f} times as fast, "
-        f"{audio / all_together:.2f} s of audio a second; the last was heard after "
-        f"{max(times.heard for times in together):.1f} s"
-    )
+    return [
+        ("first audio of an idle engine", f"{heard:.2f} s"),
+        ("its conditions", f"{prefill:.2f} s"),
+        (f"one chunk of {chunk:g} s with its prefill", f"{whole:.2f} s"),
+        ("first audio over conditions and chunk", f"{heard.median / (prefill.median + whole.median):.2f}"),
+        (f"{requests} requests of {duration:g} s, one after another", f"{one_by_one:.1f} s"),
+        ("the same together", f"{all_together:.1f} s"),
+        ("together, times as fast", f"{one_by_one / all_together:.2f}"),
+        ("seconds of audio a second", f"{requests * duration / all_together:.2f}"),
+        ("the last of them first heard after", f"{max(times.heard for times in together):.1f} s"),
+    ]
 
 
 async def _request(engine: Engine, index: int, duration: float) -> Times:

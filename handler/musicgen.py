@@ -24,8 +24,9 @@ from handler.conditioners.t5 import T5Conditioner
 from handler.errors import CheckpointError, RequestError
 from handler.generation import Generation
 from handler.lm.conditions import FusedConditions
-from handler.lm.decoder import Decoder, Guidance, Slot
+from handler.lm.decoder import Guidance, Slot
 from handler.lm.model import LanguageModel
+from handler.lm.static_step import decoder_for
 from handler.params import STYLE_FIELDS, Clip, GenerationParams
 from handler.registry import find_auxiliary, resolve
 
@@ -83,7 +84,7 @@ class MusicGen:
             name: a registry name (`small`), a hub id (`facebook/musicgen-small`), a folder with `state_dict.bin` and
                 `compression_state_dict.bin`, or the language model's file, the other beside it.
             device: where to run; None is cuda where there is one, else cpu.
-            dtype: of the language model; None is float16 on a GPU and float32 on a CPU.
+            dtype: of the language model, see `serving_dtype`; None is float16 on a GPU and float32 on a CPU.
             hub_dir: folder of auxiliary models (`t5-base`, …); None is `hub` in the checkpoint folder, then the hub.
             revision, token: for downloads from the hub.
 
@@ -138,7 +139,8 @@ class MusicGen:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm.dtype
+        """Of the language model's weights."""
+        return self.lm.weight_dtype
 
     @property
     def conditioners(self) -> tuple[str, ...]:
@@ -174,6 +176,12 @@ class MusicGen:
         prepended = [name for name, method in self.fuser.method_of.items() if method == "prepend"]
         conditioners = self.conditioning.wavs
         return sum(conditioners[n].max_length if n in conditioners else max_prompt_tokens for n in prepended)
+
+    def longest_condition(self, max_prompt_tokens: int) -> int:
+        """The most vectors that cross-attention sees, for texts of at most so many tokens."""
+        attended = [name for name, method in self.fuser.method_of.items() if method == "cross"]
+        conditioners = self.conditioning.wavs
+        return sum(conditioners[n].max_length if n in conditioners else max_prompt_tokens for n in attended)
 
     def set_generation_params(self, **params: Any) -> None:
         """Sets how the next calls generate; what is not given takes its default. See `GenerationParams`.
@@ -455,12 +463,15 @@ class MusicGen:
         # The first window of a generation is its longest, and all its windows have as many rows.
         joining = [(window, g) for g in generations if (window := g.next_window()) is not None]
         windows = [window for window, _ in joining]
-        decoder = Decoder(
+        sources = [group.cross for window in windows for group in window.conditions if group.cross is not None]
+        decoder = decoder_for(
             self.lm,
             len(windows),
             sum(window.rows for window in windows),
             max(window.positions for window in windows),
             max(window.sequence.shape[1] for window in windows),
+            max((source.shape[1] for source in sources), default=0),
+            self.fuser.adds,
         )
         running: list[tuple[Slot, Generation]] = []
         done, total = 0, sum(generation.total_steps for generation in generations)
@@ -493,13 +504,17 @@ def serving_device(device: str | torch.device | None) -> torch.device:
 
 
 def serving_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    """The dtype of the language model's weights: the one asked for, else float16 on a GPU and float32 on a CPU.
+
+    Raises:
+        ValueError: for one that is not served; int8 is for a CPU.
+    """
+    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+    if device.type != "cpu":
+        del choices["int8"]
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.float16
-    if isinstance(dtype, str):
-        if dtype not in choices:
-            raise ValueError(f"dtype must be one of {', '.join(choices)}, not {dtype!r}")
-        dtype = choices[dtype]
-    if dtype not in choices.values():
-        raise ValueError(f"dtype must be one of {', '.join(choices)}, not {dtype}")
-    return dtype
+    named = choices.get(dtype) if isinstance(dtype, str) else dtype
+    if named is None or named not in choices.values():
+        raise ValueError(f"dtype must be one of {', '.join(choices)} on {device.type}, not {dtype}")
+    return named

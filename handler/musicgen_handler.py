@@ -82,6 +82,8 @@ class MusicGenHandler:
             memory_budget=settings.memory_budget,
             max_prompt_tokens=settings.max_prompt_tokens,
             chunk_seconds=settings.stream_chunk_seconds,
+            deterministic=settings.deterministic,
+            cuda_graphs=settings.cuda_graphs,
         )
         started = time.monotonic()
         self.engine = Engine(spec, settings.max_queue)

@@ -20,8 +20,8 @@ class Settings(BaseModel):
     device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:\d{1,3})?)$")
     """`cpu`, `cuda` or `cuda:N`; default: the GPU TorchServe assigns to the worker, else `cpu`."""
 
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """The language model's number format; default: float16 on a GPU, float32 on a CPU."""
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] | None = None
+    """The language model's number format; default: float16 on a GPU, float32 on a CPU. `int8` is for CPUs."""
 
     max_duration: float = Field(default=120.0, gt=0, le=3600, allow_inf_nan=False)
     """The longest clip a request may ask for, in seconds (beyond the model's own 30 s: windows)."""
@@ -50,6 +50,13 @@ class Settings(BaseModel):
 
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of the engine on a CPU; default: as many as cores."""
+
+    deterministic: bool = True
+    """On a GPU: every decode step computes all rows there can be, so that a request has the same bits whoever runs
+    beside it; a step of few requests takes as long as a full one. A CPU always gives the same bits."""
+
+    cuda_graphs: bool = True
+    """On a GPU: capture the decode step once and replay it; false is for finding faults."""
 
     stream_chunk_seconds: float = Field(default=1.0, ge=0.04, le=10, allow_inf_nan=False)
     """Seconds of audio decoded at a time; the first chunk is half of it."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -75,6 +76,7 @@ class PaddedConv1d(nn.Module):
     Attributes:
         span: input samples one output sees.
         left, right: padding; `right` doesn't count what fills the last window.
+        block: the samples of one row of `blocks`.
     """
 
     def __init__(
@@ -98,10 +100,27 @@ class PaddedConv1d(nn.Module):
         self.right = 0 if causal else total // 2
         self.left = total - self.right
         self.pad_mode = pad_mode
+        self.block = max(8, self.span - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         fill = -x.shape[-1] % self.stride
         return self.conv(pad(x, self.left, self.right + fill, self.pad_mode))  # [B, out, ceil(T / stride)]
+
+    @cached_property
+    def blocks(self) -> Linear:
+        """The same as a product, without the bias: what a block of inputs `[N, block * in]` adds to the outputs of
+        its own block and to those of the block before it, `[N, 2 * block * out]`. An output is of the block in which
+        the inputs that it sees begin.
+
+        It is made of the weights at its first use; they must not change or move any more. Only for a stride of 1 and
+        without a norm.
+        """
+        conv = self.conv.conv
+        inputs = self.block * conv.in_channels
+        impulses = torch.eye(2 * inputs).view(2 * inputs, 2 * self.block, -1)  # each in one of two blocks in a row
+        answers = F.conv1d(impulses.mT, conv.weight, dilation=conv.dilation)[..., : self.block]  # of the first block
+        weight = answers.mT.reshape(2, inputs, -1).mT.flatten(0, 1)  # [2 * block * out, block * in]
+        return Linear(weight, None, weight.device, weight.dtype)
 
 
 class TrimmedConvTranspose1d(nn.Module):

@@ -6,6 +6,7 @@ convolution are in order as they come, and oneDNN's convolutions are fastest.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,22 @@ class PointwiseStage(Stage):
 
 
 @dataclass(slots=True)
+class EluStage(Stage):
+    """ELU with an alpha of 1, on a CPU in half the time of torch's own.
+
+    Torch takes `expm1`, which is exact near 0 in relative terms too; here 1 is subtracted from a power of 2.
+    """
+
+    def __call__(self, x: Tensor, last: bool) -> Tensor:
+        if x.device.type != "cpu":
+            return F.elu(x)
+        return x.clamp(max=0).mul_(1 / math.log(2)).exp2_().sub_(1).clamp_min_(x)
+
+    def inputs_for(self, outputs: int) -> int:
+        return outputs
+
+
+@dataclass(slots=True)
 class ConvStage(Stage):
     """A convolution of stride 1.
 
@@ -100,17 +117,35 @@ class ConvStage(Stage):
             self.held = x
             return x.new_empty(x.shape[0], 0, layer.conv.conv.out_channels)
         self.held = x[:, settled:].clone()
-        return convolve(layer.conv.conv, x)
+        return convolve(layer, x)
 
     def inputs_for(self, outputs: int) -> int:
         return outputs + self.layer.right
 
 
-def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
+def convolve(layer: PaddedConv1d, x: Tensor) -> Tensor:
     """`[B, T, in]` -> `[B, T - span + 1, out]`."""
+    conv = layer.conv.conv
+    if x.device.type == "cpu" and conv.out_channels <= _FEW_CHANNELS:
+        return _convolve_blocks(layer, x)
     image = x.transpose(1, 2).unsqueeze(2)  # [B, in, 1, T], the channels last in memory
     y = F.conv2d(image, conv.weight.unsqueeze(2), conv.bias, dilation=(1, conv.dilation[0]))
     return y.squeeze(2).transpose(1, 2)
+
+
+_FEW_CHANNELS = 2
+"""Up to here oneDNN's convolution takes several times as long as the product by blocks."""
+
+
+def _convolve_blocks(layer: PaddedConv1d, x: Tensor) -> Tensor:
+    conv, block = layer.conv.conv, layer.block
+    outputs = x.shape[1] - layer.span + 1
+    blocks = -(-outputs // block)
+    x = F.pad(x, (0, 0, 0, (blocks + 1) * block - x.shape[1]))
+    y = layer.blocks(x.reshape(-1, block * conv.in_channels))  # [B * (blocks + 1), 2 * block * out]
+    own, later = y.view(x.shape[0], blocks + 1, 2, block, conv.out_channels).unbind(2)
+    y = (own[:, :-1] + later[:, 1:]).flatten(1, 2)[:, :outputs]  # [B, outputs, out]
+    return y if conv.bias is None else y.add_(conv.bias)
 
 
 @dataclass(slots=True)
@@ -178,19 +213,13 @@ class ResidualStage(Stage):
         return inputs_for(self.block, outputs)
 
 
-CHUNK_FRAMES = 50
-"""Of a whole clip: few enough for the caches, enough to read the LSTM's weights from them most of the time."""
-
-
 def decode_in_chunks(decoder: SEANetDecoder, latent: Tensor) -> Tensor:
-    """`decoder(latent)`, up to rounding, in pieces that fit a CPU's caches: in little more than half the time."""
+    """`decoder(latent)`, up to rounding, in pieces that fit a CPU's caches: in half the time."""
     try:
         stages = make_stages(decoder)
     except NeedsWholeClipError:
         return decoder(latent)
-    chunks = latent.transpose(1, 2).split(CHUNK_FRAMES, 1)
-    audio = [run(stages, chunk, last=chunk is chunks[-1]) for chunk in chunks]  # each [B, m, channels]
-    return torch.cat(audio, 1).transpose(1, 2)
+    return run(stages, latent.transpose(1, 2), last=True).transpose(1, 2)
 
 
 class NeedsWholeClipError(Exception):
@@ -217,14 +246,27 @@ def _make_stage(layer: nn.Module) -> Stage:
             return LSTMStage(layer)
         case ResidualBlock():
             return ResidualStage([_make_stage(part) for part in layer.block], _make_stage(layer.shortcut))
+        case nn.ELU(alpha=1.0, inplace=False):
+            return EluStage()
     if isinstance(layer, POINTWISE) and not getattr(layer, "inplace", False):
         return PointwiseStage(layer)
     raise NeedsWholeClipError(f"{layer} needs the whole clip")
 
 
+CACHED_VALUES = 2**19
+"""How many of a chunk's values a CPU's caches hold beside the weights; each stage makes up to twice as many of them."""
+
+
 def run(stages: Sequence[Stage], x: Tensor, last: bool) -> Tensor:
-    """One chunk through all stages, as `Stage.__call__`."""
-    for stage in stages:
+    """One chunk through all stages, as `Stage.__call__`.
+
+    On a CPU, a chunk that outgrows the caches on its way goes on in pieces, one after the other.
+    """
+    for index, stage in enumerate(stages):
+        pieces = -(-x.numel() // CACHED_VALUES) if x.device.type == "cpu" else 1
+        if pieces > 1 and x.shape[1] > 1:
+            chunks = x.split(-(-x.shape[1] // pieces), 1)
+            return torch.cat([run(stages[index:], c, last and c is chunks[-1]) for c in chunks], 1)
         x = stage(x, last)
     return x
 

@@ -14,6 +14,7 @@ from handler.lm.conditions import FusedConditions
 from handler.lm.embedding import sinusoidal_embedding
 
 METHODS = ("sum", "prepend", "cross", "input_interpolate")
+_ADDING = ("sum", "input_interpolate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,11 @@ class Fuser:
                 if name in self.method_of:
                     raise CheckpointError(f"fuser.{method}: the condition {name!r} is already fused by another way.")
                 self.method_of[name] = method
+
+    @property
+    def adds(self) -> bool:
+        """Whether conditions are added to the embedded codes."""
+        return any(method in _ADDING for method in self.method_of.values())
 
     def fuse(self, rows: Sequence[Mapping[str, Condition]], steps: int) -> FusedConditions:
         """Fuses the conditions of rows whose prefixes have equal lengths.
@@ -91,7 +97,7 @@ class Fuser:
             embedding = embedding.expand(-1, length, -1)
             prefix = prefix + embedding[:, : prefix.shape[1]]
             additive = additive + embedding[:, -steps:]
-        adds = any(self.method_of[name] in ("sum", "input_interpolate") for name in rows[0])
+        adds = any(self.method_of[name] in _ADDING for name in rows[0])
         return FusedConditions(len(rows), prefix, self._cross(crosses), additive if adds else None)
 
     def _cross(self, crosses: Sequence[Sequence[Condition]]) -> Tensor | None:

@@ -33,6 +33,7 @@ from handler.engine.messages import (
     JobCancelledError,
     Load,
     LoadFailed,
+    Prepared,
     Preparing,
     Ready,
     Restarted,
@@ -43,7 +44,7 @@ from handler.engine.process import ModelSpec, run
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_PAUSE = 30.0  # seconds between two tries to load the model again
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries to load the model again
 _GRACE = 5.0  # seconds the process has to leave by itself when the engine is closed
 
 
@@ -219,14 +220,15 @@ class Engine:
             self._restarts += 1
             self._load = Load(0, 0.0)
             self._after_death()
-            pause = 0.5
+            pause = _FIRST_PAUSE
             while not self._closed.is_set():
                 try:
                     self._spawn()
                     break
                 except EngineUnavailableError as error:
                     logger.error("the engine cannot be started again: %s", error)
-                    self._fail_all(error)
+                    if pause > _FIRST_PAUSE:  # what waits is not given up at the first failure
+                        self._fail_all(error)
                     self._closed.wait(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -244,7 +246,9 @@ class Engine:
             with self._lock:
                 ticket = self._tickets.get(key)
             if ticket is not None:
-                ticket.touched |= isinstance(event, Preparing)
+                ticket.preparing = isinstance(event, Preparing) or (
+                    ticket.preparing and not isinstance(event, Prepared)
+                )
                 ticket.started |= isinstance(event, Started)
                 ticket.heard |= isinstance(event, Audio)
                 ticket.post(event)
@@ -261,7 +265,7 @@ class Engine:
             process.join(_GRACE)
             logger.error("the engine's process died (%s); %d requests are with it", _ending(process), len(tickets))
         for key, ticket in tickets:
-            if not ticket.touched:
+            if not (ticket.preparing or ticket.started):
                 continue
             ticket.deaths += 1
             if ticket.job.stream and ticket.heard:
@@ -269,7 +273,7 @@ class Engine:
             elif ticket.deaths > 1:
                 self._fail(key, ticket, EngineDiedError("the engine died twice on this request"))
             else:
-                ticket.touched = ticket.started = ticket.heard = False
+                ticket.preparing = ticket.started = ticket.heard = False
                 ticket.post(Restarted())
 
     def _fail_all(self, error: EngineUnavailableError) -> None:
@@ -290,7 +294,7 @@ class _Ticket:
 
     Attributes:
         held: it is not with the process, for another job that was there at a death is.
-        touched: the process has begun to prepare it, and so may have died of it.
+        preparing: the process encodes what it is conditioned on, and so may die of it.
         started: the process has begun with its music.
         heard: audio of it has come out.
         deaths: how often the process died while it may have died of it.
@@ -298,7 +302,7 @@ class _Ticket:
 
     def __init__(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         self.job = job
-        self.held = self.touched = self.started = self.heard = False
+        self.held = self.preparing = self.started = self.heard = False
         self.deaths = 0
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()

@@ -129,6 +129,11 @@ class Preparing:
 
 
 @dataclass(frozen=True, slots=True)
+class Prepared:
+    """It is encoded; the job waits for free rows."""
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """The engine has begun with the music."""
 
@@ -167,7 +172,7 @@ class Failed:
     error: Exception
 
 
-Event = Ready | LoadFailed | Load | Preparing | Started | Restarted | Progress | Audio | Done | Failed
+Event = Ready | LoadFailed | Load | Preparing | Prepared | Started | Restarted | Progress | Audio | Done | Failed
 
 
 class EngineError(Exception):

@@ -61,6 +61,7 @@ class ModelSpec:
         memory_budget: bytes for the model, keys and values; None is a share of what is free once the model is loaded.
         max_prompt_tokens: the longest text, which a prepended condition must find room for.
         chunk_seconds: seconds of one chunk of audio.
+        deterministic, cuda_graphs: of the decode step on a GPU, see `StaticDecoder`.
     """
 
     checkpoint: Path
@@ -72,6 +73,8 @@ class ModelSpec:
     memory_budget: int | None
     max_prompt_tokens: int
     chunk_seconds: float
+    deterministic: bool = True
+    cuda_graphs: bool = True
 
 
 def run(connection: Connection, spec: ModelSpec) -> None:
@@ -144,7 +147,11 @@ def _load(spec: ModelSpec, emit: Emit, wake: Callable[[], None]) -> tuple[Schedu
     model = MusicGen.get_pretrained(spec.checkpoint, spec.device, spec.dtype, spec.hub_dir)
     capacity = capacity_for(model, spec)
     chunk_frames = max(1, round(spec.chunk_seconds * model.frame_rate))
-    scheduler = Scheduler(model, capacity, chunk_frames, spec.max_prompt_tokens, emit, wake)
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # Triton launches where this points
+    scheduler = Scheduler(
+        model, capacity, chunk_frames, spec.max_prompt_tokens, emit, wake, spec.deterministic, spec.cuda_graphs
+    )
     _warm_up(scheduler)
     return scheduler, _card_of(model, capacity.requests)
 

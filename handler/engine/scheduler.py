@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from handler.compression.streaming import StreamingDecoder
-from handler.engine.messages import Audio, Done, Event, Failed, Job, ModelError, Preparing, Progress, Started
+from handler.engine.messages import Audio, Done, Event, Failed, Job, ModelError, Prepared, Preparing, Progress, Started
 from handler.errors import RequestError
 from handler.generation import Generation
-from handler.lm.decoder import Decoder, Slot, Window
+from handler.lm.decoder import Slot, Window
+from handler.lm.static_step import decoder_for
 from handler.musicgen import MusicGen
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ class Scheduler:
         max_prompt_tokens: the longest description, in tokens of T5.
         emit: where events go; called from the thread that calls `round`, and from those that prepare requests.
         wake: called from another thread when a request's conditions are ready.
+        deterministic, cuda_graphs: of the decode step on a GPU, see `StaticDecoder`.
     """
 
     def __init__(
@@ -92,6 +95,8 @@ class Scheduler:
         max_prompt_tokens: int,
         emit: Emit,
         wake: Callable[[], None],
+        deterministic: bool = True,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model = model
         self.capacity = capacity
@@ -99,7 +104,17 @@ class Scheduler:
         self.max_prompt_tokens = max_prompt_tokens
         self.emit = emit
         self.wake = wake
-        self.decoder = Decoder(model.lm, capacity.requests, capacity.rows, capacity.positions, capacity.steps)
+        self.decoder = decoder_for(
+            model.lm,
+            capacity.requests,
+            capacity.rows,
+            capacity.positions,
+            capacity.steps,
+            model.longest_condition(max_prompt_tokens),
+            model.fuser.adds,
+            deterministic,
+            cuda_graphs,
+        )
         self._requests: list[_Request] = []  # by arrival
         self._preparers = ThreadPoolExecutor(PREPARERS, thread_name_prefix="prepare")
 
@@ -153,8 +168,9 @@ class Scheduler:
         @torch.inference_mode()
         def work() -> tuple[Generation, Window]:
             self.emit(request.job.id, Preparing())
-            generation = start()
-            window = generation.next_window()
+            with _stream_beside(self.model.device):
+                generation = start()
+                window = generation.next_window()
             assert window is not None
             return generation, window
 
@@ -169,6 +185,7 @@ class Scheduler:
             try:
                 request.generation, request.window = request.preparing.result()
                 self._check_fits(request.window)
+                self.emit(request.job.id, Prepared())
             except Exception as error:
                 self._fail(request, error)
             request.preparing = None
@@ -246,3 +263,15 @@ class Scheduler:
             request.preparing.cancel()
         if request.slot is not None:
             self.decoder.leave(request.slot)
+
+
+@contextmanager
+def _stream_beside(device: torch.device) -> Iterator[None]:
+    """On a GPU, work that the decode step neither waits for nor makes wait; it is finished when the context ends."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()

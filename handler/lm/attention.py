@@ -49,6 +49,7 @@ class PrefillAttention:
     Args:
         config: the transformer's.
         num_rows, length: R and P + S, the rows and the positions of each; vectors come row after row.
+        device, dtype: of the model.
         cross: keys and values of the first C rows' condition; the other rows' condition is null.
         null_values: for each layer what attention over a null condition gives, `[H, head_dim]`.
         cache: where to leave keys and values, if they are needed again.
@@ -61,12 +62,13 @@ class PrefillAttention:
         num_rows: int,
         length: int,
         device: torch.device,
+        dtype: torch.dtype,
         cross: CrossKV | None = None,
         null_values: Sequence[Tensor] = (),
         cache: KVCache | None = None,
         first_row: int = 0,
     ) -> None:
-        self.config = config
+        self.config, self.dtype = config, KVCache.dtype_on(config, device, dtype)
         self.num_rows, self.length = num_rows, length
         self.cross, self.null_values = cross, null_values
         self.cache, self.rows = cache, slice(first_row, first_row + num_rows)
@@ -88,6 +90,7 @@ class PrefillAttention:
         if self.config.kv_repeat > 1:
             k = k.repeat_interleave(self.config.kv_repeat, dim=1)
             v = v.repeat_interleave(self.config.kv_repeat, dim=1)
+        q, k, v = (x.to(self.dtype) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)
         return out.transpose(1, 2).flatten(0, 1)
 
@@ -95,7 +98,7 @@ class PrefillAttention:
         out = torch.empty_like(q).copy_(self.null_values[layer])  # [N, H, head_dim]
         if self.cross is not None:
             k, v = self.cross[layer]
-            attended = F.scaled_dot_product_attention(self._split(q)[: len(k)], k, v)
+            attended = F.scaled_dot_product_attention(self._split(q)[: len(k)].to(k.dtype), k, v)
             out[: len(k) * self.length] = attended.transpose(1, 2).flatten(0, 1)
         return out
 
@@ -119,12 +122,12 @@ class StepAttention:
     """One vector a row: each attends to its own row's past, which ends where the row ends.
 
     Each span is a product of its own, so its bits depend on nothing beside it (`scaled_dot_product_attention` over
-    all rows would make them depend on the number of rows), and nobody reads beyond its own length.
+    all rows would make them depend on the number of rows), and nobody reads beyond its own length. Vectors of no span
+    fill the step up; they are given zeros or null values.
 
     Args:
         spans: the rows of this step, in the order of its vectors.
         positions: int64 `[N]`.
-        cache_rows: int64 `[N]`, the cache row of each vector.
         crosses: for each request with a condition, the places of its first C vectors and their keys and values.
         null_values: for each layer what attention over a null condition gives, `[H, head_dim]`.
     """
@@ -135,32 +138,54 @@ class StepAttention:
         cache: KVCache,
         spans: Sequence[Span],
         positions: Tensor,
-        cache_rows: Tensor,
         crosses: Sequence[tuple[slice, CrossKV]],
         null_values: Sequence[Tensor],
     ) -> None:
-        self.config, self.cache, self.spans = config, cache, spans
-        self.positions, self.cache_rows = positions, cache_rows
-        self.crosses, self.null_values = crosses, null_values
+        self.positions, self.crosses, self.null_values = positions, crosses, null_values
+        self._scale = config.head_dim**-0.5
+        self._null_is_zero = not config.bias_attn
+        shape = (len(positions), config.num_heads, config.head_dim)
+        # Every layer uses the same memory: what it is given back has been used when the next one comes.
+        self._q = torch.empty(shape, device=positions.device, dtype=cache.keys.dtype)
+        self._own, self._cross = torch.zeros_like(self._q), torch.zeros_like(self._q)
+        self._pasts = [_Past(config, cache, span, self._q, self._own) for span in spans]
 
     def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]  # [rows, H_kv, positions, head_dim]
-        keys[self.cache_rows, :, self.positions] = k.to(keys.dtype)
-        values[self.cache_rows, :, self.positions] = v.to(values.dtype)
-        out = torch.empty_like(q, dtype=keys.dtype)  # [N, H, head_dim]
-        q = q.to(keys.dtype) * self.config.head_dim**-0.5
-        q = q.unflatten(1, (self.config.num_kv_heads, self.config.kv_repeat))  # [N, H_kv, repeat, head_dim]
-        past = self.config.past_context
-        for span in self.spans:
-            seen = slice(0 if past is None else max(0, span.position - past), span.position + 1)
-            weights = (q[span.vectors] @ keys[span.rows, :, seen].mT).softmax(dim=-1)  # [R, H_kv, repeat, L]
-            out[span.vectors] = (weights @ values[span.rows, :, seen]).flatten(1, 2)
-        return out
+        torch.mul(q, self._scale, out=self._q)
+        for past in self._pasts:
+            past.new_keys[layer].copy_(k[past.vectors])
+            past.new_values[layer].copy_(v[past.vectors])
+            weights = torch.bmm(past.q, past.keys[layer]).softmax(dim=-1)  # [R * H_kv, repeat, L]
+            torch.bmm(weights, past.values[layer], out=past.out)
+        return self._own
 
     def cross_attention(self, layer: int, q: Tensor) -> Tensor:
-        out = torch.empty_like(q).copy_(self.null_values[layer])  # [N, H, head_dim]
-        q = (q * self.config.head_dim**-0.5).unsqueeze(2)  # [N, H, 1, head_dim]
+        torch.mul(q, self._scale, out=self._q)
+        if not self._null_is_zero:
+            self._cross.copy_(self.null_values[layer])
         for vectors, cross in self.crosses:
-            k, v = cross[layer]
-            out[vectors] = ((q[vectors] @ k.mT).softmax(dim=-1) @ v).squeeze(2)
-        return out
+            k, v = cross[layer]  # [C, H, L, head_dim]
+            q, out = (x[vectors].flatten(0, 1).unsqueeze(1) for x in (self._q, self._cross))  # [C * H, 1, head_dim]
+            weights = torch.bmm(q, k.flatten(0, 1).mT).softmax(dim=-1)  # [C * H, 1, L]
+            torch.bmm(weights, v.flatten(0, 1), out=out)
+        return self._cross
+
+
+class _Past:
+    """What one span reads and writes, as views made once for all layers.
+
+    Attributes:
+        vectors: its places among the step's vectors.
+        new_keys, new_values: for each layer where those of this step go, `[R, H_kv, head_dim]`.
+        keys, values: for each layer those seen, `[R * H_kv, head_dim, L]` and `[R * H_kv, L, head_dim]`.
+        q, out: `[R * H_kv, repeat, head_dim]` of the step's queries and results.
+    """
+
+    def __init__(self, config: TransformerConfig, cache: KVCache, span: Span, q: Tensor, out: Tensor) -> None:
+        first = 0 if config.past_context is None else max(0, span.position - config.past_context)
+        keys, values = cache.keys[:, span.rows], cache.values[:, span.rows]  # [layers, R, H_kv, positions, head_dim]
+        self.vectors = span.vectors
+        self.new_keys, self.new_values = keys[:, :, :, span.position].unbind(), values[:, :, :, span.position].unbind()
+        self.keys = keys[:, :, :, first : span.position + 1].flatten(1, 2).mT.unbind()
+        self.values = values[:, :, :, first : span.position + 1].flatten(1, 2).unbind()
+        self.q, self.out = (x[span.vectors].view(-1, config.kv_repeat, config.head_dim) for x in (q, out))

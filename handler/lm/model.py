@@ -13,10 +13,13 @@ from handler.lm.patterns import PatternProvider
 from handler.lm.transformer import (
     Attention,
     CrossAttention,
+    LayerNorm,
     Projection,
     SelfAttention,
     Transformer,
     TransformerConfig,
+    computed_in,
+    lay_out,
 )
 
 
@@ -49,10 +52,11 @@ class LanguageModel(nn.Module):
         self.pattern_provider = pattern_provider
         self.emb = nn.ModuleList(nn.Embedding(card + 1, config.dim) for _ in range(num_codebooks))
         self.transformer = Transformer(config)
-        self.out_norm = nn.LayerNorm(config.dim, eps=1e-5) if config.norm_first else None
+        self.out_norm = LayerNorm(config.dim, eps=1e-5) if config.norm_first else None
         self.linears = nn.ModuleList(_Head(config.dim, card, bias_proj) for _ in range(num_codebooks))
         self.device: torch.device
         self.dtype: torch.dtype
+        self.weight_dtype: torch.dtype
         self._embeddings: Tensor
         self._first_embedding: Tensor
         self._heads: Linear
@@ -63,11 +67,13 @@ class LanguageModel(nn.Module):
         return self.card
 
     def finalize(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Lays the parameters out for `device`, computed in `dtype`; rotary frequencies stay float32.
+        """Lays the parameters out for `device`, the weights in `dtype`; rotary frequencies stay float32.
+
+        int8 is for a CPU alone: the weights of all products are rounded to 8 bits, and the rest is float32.
 
         Each parameter is converted, then dropped, before the next: the peak is the model and one parameter more.
         """
-        self.device, self.dtype = device, dtype
+        self.device, self.weight_dtype, self.dtype = device, dtype, computed_in(dtype)
         for module in self.modules():
             if isinstance(module, SelfAttention | CrossAttention):
                 module.finalize(device, dtype)
@@ -78,14 +84,17 @@ class LanguageModel(nn.Module):
         heads = [head for head in self.linears if isinstance(head, _Head)]
         weight = torch.cat([head.weight.detach() for head in heads])  # [K * card, dim]
         biases = [head.bias.detach() for head in heads if head.bias is not None]
-        self._heads = Linear(weight, torch.cat(biases) if biases else None, device, dtype)
-        tables = [e.weight.detach().to(device, dtype) for e in self.emb if isinstance(e, nn.Embedding)]
+        self._heads = lay_out(weight, torch.cat(biases) if biases else None, device, dtype)
+        tables = [e.weight.detach().to(device, self.dtype) for e in self.emb if isinstance(e, nn.Embedding)]
         self._embeddings = torch.cat(tables)  # [K * (card + 1), dim]
         self._first_embedding = torch.arange(self.num_codebooks, device=device) * (self.card + 1)  # [K]
         del self.linears, self.emb
         for parameter in self.parameters():
-            parameter.data = parameter.data.to(device, dtype)
+            parameter.data = parameter.data.to(device, self.dtype)
             parameter.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, LayerNorm):
+                module.finalize()
         if self.transformer.rope is not None:
             self.transformer.rope.to(device, torch.float32)
 
@@ -104,7 +113,9 @@ class LanguageModel(nn.Module):
         if conditions.cross is None:
             return None
         source = conditions.cross.to(self.device, self.dtype)
-        return [layer.keys_values(source) for layer in self._cross_attentions()]
+        dtype = KVCache.dtype_on(self.config, self.device, self.dtype)
+        pairs = [layer.keys_values(source) for layer in self._cross_attentions()]
+        return [(k.to(dtype), v.to(dtype)) for k, v in pairs]
 
     def null_values(self) -> list[Tensor]:
         """For each layer what cross-attention gives for a null condition, `[H, head_dim]`."""
@@ -141,6 +152,7 @@ class LanguageModel(nn.Module):
             rows,
             length,
             self.device,
+            self.dtype,
             cross=self.cross_keys_values(conditions) if cross is None else cross,
             null_values=self.null_values(),
             cache=cache,

@@ -6,16 +6,15 @@ runs a whole prompt (N = rows x positions) and one decode step (N = rows). The a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from handler.linear import Linear
 from handler.lm.embedding import Rotary, sinusoidal_embedding
+from handler.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +69,16 @@ class Attention(Protocol):
         """q `[N, H, head_dim]` -> `[N, H, head_dim]`, over the condition's cached keys and values."""
 
 
+class LayerNorm(nn.LayerNorm):
+    """Torch's own, without the calls around it: they take longer than a few rows' norm itself."""
+
+    def finalize(self) -> None:
+        self._arguments = (self.normalized_shape, self.weight, self.bias, self.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, *self._arguments)
+
+
 class LayerScale(nn.Module):
     """A learnt scale of each channel of a residual branch (Touvron et al. 2021)."""
 
@@ -91,15 +100,23 @@ class Projection(nn.Module):
         self._linear: Linear
 
     def finalize(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._linear = Linear(self.weight.detach(), _detached(self.bias), device, dtype)
+        self._linear = lay_out(self.weight.detach(), _detached(self.bias), device, dtype)
         del self.weight, self.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._linear(x)
+    def __call__(self, x: Tensor, activation: str = "") -> Tensor:
+        """See `Linear`."""
+        return self._linear(x, activation)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """See `Linear`."""
+        return self._linear.add_to(residual, x)
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention; rows q, k, v of `in_proj_weight` in this order, each head-major."""
+    """Causal self-attention; rows q, k, v of `in_proj_weight` in this order, each head-major.
+
+    What `out_proj` makes of its result is left to the layer, which adds it to the residual in the same go.
+    """
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -109,37 +126,36 @@ class SelfAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(projected)) if config.bias_attn else None
         self.out_proj = Projection(config.dim, config.dim, config.bias_attn)
         if config.qk_layer_norm:
-            self.q_layer_norm = nn.LayerNorm(config.dim)
-            self.k_layer_norm = nn.LayerNorm(config.dim)
+            self.q_layer_norm = LayerNorm(config.dim)
+            self.k_layer_norm = LayerNorm(config.dim)
         self._in_proj: Linear
 
     def finalize(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._in_proj = Linear(self.in_proj_weight.detach(), _detached(self.in_proj_bias), device, dtype)
+        self._in_proj = lay_out(self.in_proj_weight.detach(), _detached(self.in_proj_bias), device, dtype)
         del self.in_proj_weight, self.in_proj_bias
         self.out_proj.finalize(device, dtype)
 
-    def forward(self, x: Tensor, attention: Attention, rotary: Rotary | None) -> Tensor:
+    def __call__(self, x: Tensor, attention: Attention, rotary: Rotary | None) -> Tensor:
+        """`[N, dim]` -> `[N, dim]`, before `out_proj`."""
         config = self.config
-        kv_dim = config.head_dim * config.num_kv_heads
-        q, k, v = self._in_proj(x).split([config.dim, kv_dim, kv_dim], dim=-1)  # [N, dim], [N, kv_dim] twice
+        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        projected = self._in_proj(x).view(len(x), -1, config.head_dim)  # [N, H + 2 * H_kv, head_dim]
+        q, k, v = projected.split_with_sizes(heads, dim=1)
         if config.qk_layer_norm:
             # Over the whole dim, before the heads are split and before the rotation.
-            q, k = self.q_layer_norm(q), self.k_layer_norm(k)
-        q = q.unflatten(-1, (config.num_heads, config.head_dim))  # [N, H, head_dim]
-        k = k.unflatten(-1, (config.num_kv_heads, config.head_dim))  # [N, H_kv, head_dim]
-        v = v.unflatten(-1, (config.num_kv_heads, config.head_dim))  # [N, H_kv, head_dim]
+            q, k = self.q_layer_norm(q.flatten(1)).view_as(q), self.k_layer_norm(k.flatten(1)).view_as(k)
         if rotary is not None:
             q, k = rotary.rotate(q, k, attention.positions)
         if config.attention_as_float32:
             q, k, v = q.float(), k.float(), v.float()
-        out = attention.self_attention(self.layer, q, k, v)
-        return self.out_proj(out.flatten(1).to(x.dtype))
+        return attention.self_attention(self.layer, q, k, v).flatten(1).to(x.dtype)
 
 
 class CrossAttention(nn.Module):
     """Attention over the text condition, whose keys and values are computed once for each request.
 
-    There is no mask: a padded vector of the condition is zero, and takes part with score and value of zero.
+    There is no mask: a padded vector of the condition is zero, and takes part with score and value of zero. What
+    `out_proj` makes of its result is left to the layer, which adds it to the residual in the same go.
     """
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
@@ -149,8 +165,8 @@ class CrossAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * config.dim)) if config.bias_attn else None
         self.out_proj = Projection(config.dim, config.dim, config.bias_attn)
         if config.qk_layer_norm_cross:
-            self.q_layer_norm = nn.LayerNorm(config.dim)
-            self.k_layer_norm = nn.LayerNorm(config.dim)
+            self.q_layer_norm = LayerNorm(config.dim)
+            self.k_layer_norm = LayerNorm(config.dim)
         self._q_proj: Linear
         self._kv_proj: Linear
         self.null_value: Tensor
@@ -158,11 +174,11 @@ class CrossAttention(nn.Module):
     def finalize(self, device: torch.device, dtype: torch.dtype) -> None:
         dim = self.config.dim
         weight, bias = self.in_proj_weight.detach(), _detached(self.in_proj_bias)
-        self._q_proj = Linear(weight[:dim], None if bias is None else bias[:dim], device, dtype)
-        self._kv_proj = Linear(weight[dim:], None if bias is None else bias[dim:], device, dtype)
+        self._q_proj = lay_out(weight[:dim], None if bias is None else bias[:dim], device, dtype)
+        self._kv_proj = lay_out(weight[dim:], None if bias is None else bias[dim:], device, dtype)
         # What attention over zero vectors gives, however many: the mean of equal values.
         null = torch.zeros(dim) if bias is None else bias[2 * dim :]
-        self.null_value = null.to(device, dtype).view(self.config.num_heads, -1)  # [H, head_dim]
+        self.null_value = null.to(device, computed_in(dtype)).view(self.config.num_heads, -1)  # [H, head_dim]
         del self.in_proj_weight, self.in_proj_bias
         self.out_proj.finalize(device, dtype)
 
@@ -173,18 +189,18 @@ class CrossAttention(nn.Module):
             k = self.k_layer_norm(k)
         heads = (self.config.num_heads, self.config.head_dim)
         k, v = k.unflatten(-1, heads).transpose(1, 2), v.unflatten(-1, heads).transpose(1, 2)
-        if self.config.attention_as_float32:
-            k, v = k.float(), v.float()
         return k.contiguous(), v.contiguous()
 
-    def forward(self, x: Tensor, attention: Attention) -> Tensor:
+    def __call__(self, x: Tensor, attention: Attention) -> Tensor:
+        """`[N, dim]` -> `[N, dim]`, before `out_proj`."""
+        config = self.config
         q = self._q_proj(x)  # [N, dim]
-        if self.config.qk_layer_norm_cross:
+        if config.qk_layer_norm_cross:
             q = self.q_layer_norm(q)
-        q = q.unflatten(-1, (self.config.num_heads, self.config.head_dim))  # [N, H, head_dim]
-        if self.config.attention_as_float32:
+        q = q.view(len(x), config.num_heads, config.head_dim)
+        if config.attention_as_float32:
             q = q.float()
-        return self.out_proj(attention.cross_attention(self.layer, q).flatten(1).to(x.dtype))
+        return attention.cross_attention(self.layer, q).flatten(1).to(x.dtype)
 
 
 class TransformerLayer(nn.Module):
@@ -192,40 +208,43 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
-        self.norm_first = config.norm_first
-        self.activation: Callable[[Tensor], Tensor] = F.gelu if config.activation == "gelu" else F.relu
+        self.norm_first, self.activation = config.norm_first, config.activation
         self.self_attn = SelfAttention(config, layer)
         self.linear1 = Projection(config.dim, config.hidden_dim, config.bias_ff)
         self.linear2 = Projection(config.hidden_dim, config.dim, config.bias_ff)
-        self.norm1 = nn.LayerNorm(config.dim, eps=1e-5)
-        self.norm2 = nn.LayerNorm(config.dim, eps=1e-5)
+        self.norm1 = LayerNorm(config.dim, eps=1e-5)
+        self.norm2 = LayerNorm(config.dim, eps=1e-5)
 
-        def scale() -> nn.Module:
-            return LayerScale(config.dim) if config.layer_scale else nn.Identity()
+        def scale() -> LayerScale | None:
+            return LayerScale(config.dim) if config.layer_scale else None
 
         self.layer_scale_1, self.layer_scale_2 = scale(), scale()
         self.cross_attention: CrossAttention | None = None
         if config.cross_attention:
             self.cross_attention = CrossAttention(config, layer)
-            self.norm_cross = nn.LayerNorm(config.dim, eps=1e-5)
+            self.norm_cross = LayerNorm(config.dim, eps=1e-5)
             self.layer_scale_cross = scale()
 
     def forward(self, x: Tensor, attention: Attention, rotary: Rotary | None) -> Tensor:
         """`[N, dim]` -> `[N, dim]`."""
+        own, cross = self.self_attn, self.cross_attention
         if self.norm_first:
-            x = x + self.layer_scale_1(self.self_attn(self.norm1(x), attention, rotary))
-            if self.cross_attention is not None:
-                x = x + self.layer_scale_cross(self.cross_attention(self.norm_cross(x), attention))
-            return x + self.layer_scale_2(self._feed_forward(self.norm2(x)))
+            x = _add(x, self.layer_scale_1, own.out_proj, own(self.norm1(x), attention, rotary))
+            if cross is not None:
+                x = _add(x, self.layer_scale_cross, cross.out_proj, cross(self.norm_cross(x), attention))
+            return _add(x, self.layer_scale_2, self.linear2, self.linear1(self.norm2(x), self.activation))
         source = x
-        x = self.norm1(x + self.layer_scale_1(self.self_attn(x, attention, rotary)))
-        if self.cross_attention is not None:
+        x = self.norm1(_add(x, self.layer_scale_1, own.out_proj, own(x, attention, rotary)))
+        if cross is not None:
             # The query is the layer's input, not what self-attention made of it: so the reference was trained.
-            x = self.norm_cross(x + self.layer_scale_cross(self.cross_attention(source, attention)))
-        return self.norm2(x + self.layer_scale_2(self._feed_forward(x)))
+            x = self.norm_cross(_add(x, self.layer_scale_cross, cross.out_proj, cross(source, attention)))
+        return self.norm2(_add(x, self.layer_scale_2, self.linear2, self.linear1(x, self.activation)))
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.activation(self.linear1(x)))
+
+def _add(residual: Tensor, scale: LayerScale | None, projection: Projection, x: Tensor) -> Tensor:
+    if scale is None:
+        return projection.add_to(residual, x)
+    return residual + scale(projection(x))
 
 
 class Transformer(nn.Module):
@@ -248,6 +267,16 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer(x, attention, self.rope)
         return x
+
+
+def lay_out(weight: Tensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> Linear:
+    """A linear map for a device; int8 is for a CPU."""
+    return QuantizedLinear(weight, bias) if dtype is torch.int8 else Linear(weight, bias, device, dtype)
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """What is between the products of weights of this dtype."""
+    return torch.float32 if dtype is torch.int8 else dtype
 
 
 def _detached(parameter: nn.Parameter | None) -> Tensor | None:

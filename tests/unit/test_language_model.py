@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,6 +81,13 @@ def window_for(lm: LanguageModel, conditions: FusedConditions, frames: int, samp
     return Window(sequence[0], 1, [conditions], Guidance(3.0), sampling, draws)
 
 
+def with_rows(window: Window, rows: int) -> Window:
+    """The same without guidance (1 row) or with double guidance (3)."""
+    [group] = window.conditions
+    fused = FusedConditions(rows, torch.zeros(rows, 0, group.prefix.shape[2]), group.cross)
+    return replace(window, conditions=[fused], guidance=Guidance(3.0, 1.5))
+
+
 def run(lm: LanguageModel, windows: list[Window]) -> list[Tensor]:
     decoder = Decoder(
         lm,
@@ -129,7 +137,7 @@ def test_published_parameter_names_of_torchs_own_attention_load_too() -> None:
     torch.testing.assert_close(row, expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_request_has_the_same_tokens_whoever_runs_beside_it(dtype: torch.dtype, threads: int) -> None:
     # Wide enough for oneDNN's kernels to block, and for the inner sums to be long.
@@ -140,6 +148,7 @@ def test_a_request_has_the_same_tokens_whoever_runs_beside_it(dtype: torch.dtype
         window_for(lm, conditions_for(config, seed, length=3 + seed), 12 + 7 * seed, Sampling(top_k=250), seed)
         for seed in range(5)
     ]
+    windows += [with_rows(windows[1], 1), with_rows(windows[2], 3)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -152,6 +161,22 @@ def test_a_request_has_the_same_tokens_whoever_runs_beside_it(dtype: torch.dtype
     for a, b, c in zip(alone, together, reordered, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.int8, 0.05)])
+def test_logits_of_a_narrower_dtype_stay_near_those_of_float32(dtype: torch.dtype, bound: float) -> None:
+    checkpoint = lm_checkpoint({"dim": 256, "num_heads": 4, "card": 512, "num_layers": 6})
+    conditions = conditions_for(lm_config({"dim": 256}))
+    sequence = torch.randint(0, 512, (1, 4, 40), generator=torch.Generator().manual_seed(3))
+    logits = []
+    for each in (torch.float32, dtype):
+        lm = build_language_model(checkpoint)
+        lm.finalize(torch.device("cpu"), each)
+        with torch.inference_mode():
+            logits.append(lm.logits(lm(sequence, conditions).flatten(0, 1)))
+    error = (logits[1] - logits[0]).std() / logits[0].std()
+    print(f"{dtype}: logits differ from those of float32 by {error:.4f} of their standard deviation")
+    assert error < bound
 
 
 def test_summed_and_interpolated_conditions_reach_every_step() -> None:

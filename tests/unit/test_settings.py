@@ -41,7 +41,7 @@ def test_settings_cannot_be_changed() -> None:
         ({"memory_budget": 1.5}, r"handler\.memory_budget.*1\.5"),
         ({"threads": 0}, r"handler\.threads.*greater than or equal to 1"),
         ({"stream_chunk_seconds": 11}, r"handler\.stream_chunk_seconds.*less than or equal to 10"),
-        ({"dtype": "int8"}, r"handler\.dtype.*'float32', 'float16' or 'bfloat16'"),
+        ({"dtype": "int4"}, r"handler\.dtype.*'float32', 'float16', 'bfloat16' or 'int8'"),
         ({"device": "tpu"}, r"handler\.device.*cuda"),
         ({"timeout": float("nan")}, r"handler\.timeout"),
         ([1, 2], "must be a block"),

@@ -254,7 +254,7 @@ def test_codes_that_decode_refuses_are_refused() -> None:
 @pytest.mark.parametrize("frames", [1, 2, 3, 6, 7, 20])
 @pytest.mark.parametrize("pad_mode", ["constant", "reflect"])
 def test_a_whole_clip_may_be_decoded_in_chunks(frames: int, pad_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "CHUNK_FRAMES", 3)
+    monkeypatch.setattr(stages, "CACHED_VALUES", 40)
     model, codes = make_encodec(pad_mode=pad_mode), make_codes(frames)
     assert_same(model.decode(codes[None])[0], whole(model, codes))
 
