@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import signal
 import sys
 from collections.abc import Sequence
 
-from archive_scripts import debug, export, fetch, generate, list_variants, pack, serve, verify
 from archive_scripts.errors import CommandError
 from handler.errors import CheckpointError, RequestError
 
+MODULES = {
+    "list": "list_variants",
+    "fetch": "fetch",
+    "export": "export",
+    "debug": "debug",
+    "pack": "pack",
+    "verify": "verify",
+    "generate": "generate",
+    "serve": "serve",
+    "status": "status",
+    "register": "register",
+    "scale": "scale",
+    "set-default": "set_default",
+    "unregister": "unregister",
+    "token": "tokens",
+    "capacity": "capacity",
+}
 DESCRIPTION = """\
-Build MusicGen archives for TorchServe, and serve or try them.
+Build MusicGen archives for TorchServe, try them, and serve them: `serve` starts a server on this machine, and status,
+register, scale, set-default, unregister, token and `list --served` work on it while it runs. Each command explains
+itself: COMMAND --help.
 
 A VARIANT is one of:
   a name          small, medium, melody, stereo-large, style … (see `list`), or musicgen-small and the like
@@ -22,19 +41,22 @@ A VARIANT is one of:
   variant)
 
 Names and hub ids are downloaded once into the Hugging Face cache. HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are
-respected.
+respected. For the commands on a running server VARIANT is its name there.
+
+Exit codes: 0, 1 where `verify` finds fault, 2 for an error that the message says how to mend, 130 when interrupted.
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands, or of one: importing PyTorch takes seconds, and not all of them need it."""
     parser = argparse.ArgumentParser(
         prog="python -m archive_scripts",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (list_variants, fetch, export, debug, pack, verify, serve, generate):
-        module.add_parser(commands)
+    for module in [MODULES[only]] if only in MODULES else MODULES.values():
+        importlib.import_module(f"archive_scripts.{module}").add_parser(commands)
     return parser
 
 
@@ -43,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit code: 0, 1 where `verify` finds fault, 2 for an error a person can mend, 130 when interrupted.
     """
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv[0] if argv else None).parse_args(argv)
     try:
         code = args.run(args)
     except (CommandError, CheckpointError, RequestError, OSError) as error:

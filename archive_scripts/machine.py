@@ -1,4 +1,4 @@
-"""What TorchServe needs of this machine: free ports, a Java, a clean environment, room on the disk."""
+"""What TorchServe needs of this machine: free ports, a Java, a clean environment, GPUs and threads."""
 
 from __future__ import annotations
 
@@ -87,6 +87,22 @@ def server_environment(java_home: str | None) -> dict[str, str]:
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return environment | ({"JAVA_HOME": java_home} if java_home else {})
+
+
+def gpu_count() -> int:
+    """The GPUs that PyTorch can use."""
+    import torch  # takes seconds
+
+    return torch.cuda.device_count()
+
+
+def thread_share(workers: int) -> dict[str, str]:
+    """The environment in which so many workers of a machine without GPUs share its cores, instead of each taking all of
+    them. Empty for a single one, and where the operator has set OMP_NUM_THREADS."""
+    if workers < 2 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // workers))}
 
 
 def size(count: int) -> str:

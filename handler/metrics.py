@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 from handler.engine.messages import Audio, Done, Event, Started, Status
@@ -30,10 +31,23 @@ class Metrics:
         self._sink = sink
         self._labels = [model, worker]
         self._restarts = 0
+        self._in_flight = 0
 
     def request(self, outcome: str) -> None:
         """A request was answered: `ok`, or the type of its error."""
         self._sink("musicgen_requests_total", "counter", 1, [*self._labels, outcome])
+
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Counts a request from its arrival until its reply has gone out, and reports it at once: whoever drains this
+        worker waits for 0."""
+        self._in_flight += 1
+        self._report("musicgen_requests_in_flight", "gauge", self._in_flight)
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            self._report("musicgen_requests_in_flight", "gauge", self._in_flight)
 
     async def timed(self, events: AsyncIterator[Event], audio_seconds: float) -> AsyncGenerator[Event, None]:
         """The events of a request that has just come, passed on; the times between them are measured.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
@@ -20,6 +21,7 @@ from ts.context import Context
 
 from handler import __version__
 from handler.cancel import CancelBoard
+from handler.drain import Drain
 from handler.engine.engine import Engine
 from handler.engine.messages import Audio, EngineUnavailableError, Event, Failed, Job, Restarted
 from handler.engine.process import ModelSpec
@@ -31,7 +33,7 @@ from handler.question import CancelQuestion, ClipQuestion, DescriptionQuestion, 
 from handler.reply import Reply, clip_reply, error_content, error_reply, json_reply
 from handler.request import GenerationRequest, Limits
 from handler.request_parser import RequestParser
-from handler.settings import Settings, SettingsError
+from handler.settings import OVERRIDES, Settings, SettingsError
 from handler.streaming import OPENAI, OURS, StreamedReply, streamed_reply
 from handler.torchserve_compat import SENT, Exchange, lock_worker_socket, metric_sink
 
@@ -62,14 +64,14 @@ class MusicGenHandler:
         try:
             self._load(context)
         except Exception as error:
-            logger.exception("%s cannot be served", self.variant)
             cause = str(error).splitlines()[0] if isinstance(error, _EXPLAINED) else f"{type(error).__name__}: {error}"
+            logger.exception("%s cannot be served: %s", self.variant, cause)
             self.failure = EngineUnavailableError(f"{cause} (mend that, then scale the model to 0 workers and back)")
 
     def _load(self, context: Context) -> None:
         # read when the model's parts import them; everything needed is in the archive
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        settings = Settings.from_model_config(context.model_yaml_config)
+        settings = Settings.from_model_config(context.model_yaml_config, os.environ.get(OVERRIDES))
         checkpoint = Path(context.system_properties["model_dir"]) / "checkpoint"
         device = settings.device or _assigned_device(context.system_properties["gpu_id"])
         spec = ModelSpec(
@@ -88,7 +90,9 @@ class MusicGenHandler:
         started = time.monotonic()
         self.engine = Engine(spec, settings.max_queue)
         self.engine.start()
-        self.board = CancelBoard(f"{self.variant}/{context.manifest['model']['modelVersion']}", self.engine.cancel)
+        version = context.manifest["model"]["modelVersion"]
+        self.board = CancelBoard(f"{self.variant}/{version}", self.engine.cancel)
+        self.drain = Drain(Path(tempfile.gettempdir()), self.variant, version)
         self.loaded = int(time.time())
         self.metrics.watch(self.engine.status)
         card = self.engine.describe()
@@ -108,11 +112,15 @@ class MusicGenHandler:
 
     async def handle(self, data: list[Mapping[str, Any]], context: Context) -> list[bytes]:
         """Answer one request (TorchServe's batch of one); every reply is sent from here, errors included."""
-        exchange = Exchange(data[0], context)
+        with self.metrics.in_flight():
+            await self._handle(data[0], Exchange(data[0], context))
+        return [SENT]
+
+    async def _handle(self, row: Mapping[str, Any], exchange: Exchange) -> None:
         started = time.monotonic()
         outcome = "ok"
         try:
-            await self._answer(data[0], exchange)
+            await self._answer(row, exchange)
         except BaseException as error:
             content = error_content(error, exchange.request_id)["error"]
             outcome = content["type"]
@@ -122,7 +130,6 @@ class MusicGenHandler:
                 await self._send_error(exchange, error)
         self.metrics.request(outcome)
         logger.info("request %s: %s in %.2f s", exchange.request_id, outcome, time.monotonic() - started)
-        return [SENT]
 
     async def _answer(self, row: Mapping[str, Any], exchange: Exchange) -> None:
         arrived = time.monotonic()
@@ -137,6 +144,8 @@ class MusicGenHandler:
             case CancelQuestion(request_id):
                 await exchange.send(await self.cancel(request_id))
             case ClipQuestion(request):
+                if self.drain.requested:
+                    raise EngineUnavailableError("this worker is about to stop and takes no more; try again")
                 if request.streams:
                     exchange.require_streams()
                 clip = await asyncio.to_thread(clip_of, request, self.parser.limits.window)

@@ -66,7 +66,9 @@ def json_reply(content: Mapping[str, Any], status: int = 200, headers: Mapping[s
 def error_reply(error: BaseException, request_id: str) -> Reply:
     """A reply that tells of an error: its status, and `error_content`."""
     content = error_content(error, request_id)
-    headers = {"retry-after": str(error.retry_after)} if isinstance(error, EngineBusyError) else {}
+    headers = {}
+    if isinstance(error, EngineBusyError | EngineUnavailableError):
+        headers["retry-after"] = str(error.retry_after)
     return json_reply(content, content["error"]["code"], headers)
 
 

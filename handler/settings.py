@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+OVERRIDES = "MUSICGEN_SETTINGS"
+"""The environment variable of a server whose JSON object goes before the `handler:` block of every archive."""
 
 
 class SettingsError(Exception):
@@ -62,21 +66,34 @@ class Settings(BaseModel):
     """Seconds of audio decoded at a time; the first chunk is half of it."""
 
     @classmethod
-    def from_model_config(cls, model_config: Mapping[str, Any] | None) -> Settings:
-        """Read the `handler:` block of a parsed model-config.yaml.
+    def from_model_config(cls, model_config: Mapping[str, Any] | None, overrides: str | None = None) -> Settings:
+        """Read the `handler:` block of a parsed model-config.yaml, and what goes before it.
+
+        Args:
+            model_config: the whole file.
+            overrides: a JSON object of settings, null being the default: the value of `OVERRIDES`.
 
         Raises:
             SettingsError: for an unknown key, a wrong type or a value out of bounds, naming the key and the bounds.
         """
         block = (model_config or {}).get("handler")
-        if block is None:
-            return cls()
+        block = {} if block is None else block
         if not isinstance(block, Mapping):
             raise SettingsError("model-config.yaml: `handler` must be a block of `key: value` lines")
         try:
-            return cls.model_validate(dict(block))
+            return cls.model_validate({**block, **_overrides(overrides)})
         except ValidationError as error:
             raise SettingsError("; ".join(_complaint(problem) for problem in error.errors())) from error
+
+
+def _overrides(text: str | None) -> dict[str, Any]:
+    try:
+        settings = json.loads(text or "{}")
+    except ValueError as error:
+        raise SettingsError(f"the environment's {OVERRIDES} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise SettingsError(f'the environment\'s {OVERRIDES} must be a JSON object, such as {{"device": "cpu"}}')
+    return settings
 
 
 def _complaint(problem: Any) -> str:

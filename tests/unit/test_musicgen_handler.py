@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import soundfile
 from ts.context import Context
 
+from handler.drain import Drain
 from handler.engine.messages import (
     Audio,
     Card,
@@ -82,6 +84,7 @@ def handler_with(*events: Event | BaseException, melody: str | None = None) -> t
     board: Any = SimpleNamespace(cancel=lambda request_id: int(request_id == "running"))
     handler.engine, handler.variant, handler.loaded, handler.board = engine, "small", 1_700_000_000, board
     handler.metrics = Metrics(engine.measured, "small", "17")
+    handler.drain = Drain(Path("nowhere"), "small", "1.0")
     handler.parser = RequestParser(Limits(120.0, 600.0, 512, 1_000_000, 600.0, 50.0, 30.0, melody))
     return handler, engine
 
@@ -340,6 +343,17 @@ def test_a_cancel_says_whether_there_was_such_a_request() -> None:
     assert (lost.status, error["type"], error["field"]) == (404, "unknown_request", "id")
     assert "lost" in error["message"]
     assert outcomes(engine) == ["ok", "unknown_request"]
+
+
+def test_a_draining_worker_takes_no_more_and_says_when_to_come_back(tmp_path: Path) -> None:
+    handler, engine = handler_with(*STREAM)
+    handler.drain = Drain(tmp_path, "small", "1.0")
+    (tmp_path / "draining").mkdir()
+    (tmp_path / "draining" / "server").touch()
+    message = handled(handler, {"body": {}}, JSON)
+    assert (message.status, message.headers["retry-after"]) == (503, "5")
+    assert not engine.jobs
+    assert handled(handler, {"body": b""}, HTTP).status == 200
 
 
 def test_a_stream_over_grpc_is_refused_in_one_message() -> None:
