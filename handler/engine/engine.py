@@ -52,9 +52,9 @@ class Engine:
     """Turns jobs into events, in a process of its own.
 
     `generate` may be iterated from any asyncio loop. When the process dies, another is started: what waited goes on
-    waiting; what ran is run again once (it is deterministic), unless audio of a stream has already left. Any of what
-    ran may be the cause, so of those only one at a time is run again, beside whatever else comes: should the process
-    die once more, it was that one, and only that one is given up.
+    waiting; what ran is run again (it is deterministic), unless audio of a stream has already left. Any of what ran may
+    be the cause, so of those only one at a time is run again, beside whatever else comes; should the process die once
+    more, it is run alone, and given up if the process dies of that: so nobody is given up for another.
 
     Args:
         spec: what the process loads.
@@ -161,16 +161,21 @@ class Engine:
         return key
 
     def _submit(self, key: str, ticket: _Ticket) -> None:
-        """Gives a job to the process, unless it was there at a death and another such job is with it now."""
-        others = [other for other in self._tickets.values() if other is not ticket]
-        ticket.held = ticket.deaths > 0 and any(other.deaths > 0 and not other.held for other in others)
+        """Gives a job to the process, or holds it back; see `_Ticket`."""
+        beside = [other for other in self._tickets.values() if other is not ticket and not other.held]
+        if ticket.alone:
+            ticket.held = bool(beside)
+        else:
+            suspect = ticket.deaths > 0
+            ticket.held = any(other.alone or (suspect and other.deaths > 0) for other in beside)
         if not ticket.held:
             self._send(replace(ticket.job, id=key))
 
-    def _submit_next_suspect(self) -> None:
-        suspects = [(key, ticket) for key, ticket in self._tickets.items() if ticket.deaths > 0]
-        if suspects and all(ticket.held for _, ticket in suspects):
-            self._submit(*suspects[0])
+    def _submit_held(self) -> None:
+        """Gives the process what no longer has to be held back; those that run alone go first."""
+        for key, ticket in sorted(self._tickets.items(), key=lambda item: not item[1].alone):
+            if ticket.held:
+                self._submit(key, ticket)
 
     def _withdraw(self, key: str, finished: bool) -> None:
         with self._lock:
@@ -179,7 +184,7 @@ class Engine:
                 return
             if not finished:
                 self._send(Cancel(key))
-            self._submit_next_suspect()
+            self._submit_held()
 
     def _send(self, command: Command) -> None:
         # A broken pipe is the supervisor's business: it submits every ticket again.
@@ -209,8 +214,7 @@ class Engine:
             self._process, self._connection, self._card, self._unavailable = process, ours, first.card, ""
             for ticket in self._tickets.values():
                 ticket.held = True
-            for key, ticket in self._tickets.items():
-                self._submit(key, ticket)
+            self._submit_held()
 
     def _supervise(self) -> None:
         while not self._closed.is_set():
@@ -264,15 +268,15 @@ class Engine:
             process.kill()
             process.join(_GRACE)
             logger.error("the engine's process died (%s); %d requests are with it", _ending(process), len(tickets))
-        for key, ticket in tickets:
-            if not (ticket.preparing or ticket.started):
-                continue
+        suspects = [(key, ticket) for key, ticket in tickets if ticket.preparing or ticket.started]
+        for key, ticket in suspects:
             ticket.deaths += 1
             if ticket.job.stream and ticket.heard:
                 self._fail(key, ticket, EngineDiedError("the engine died while this stream was under way"))
-            elif ticket.deaths > 1:
+            elif ticket.deaths > 1 and len(suspects) == 1:
                 self._fail(key, ticket, EngineDiedError("the engine died twice on this request"))
             else:
+                ticket.alone = ticket.deaths > 1
                 ticket.preparing = ticket.started = ticket.heard = False
                 ticket.post(Restarted())
 
@@ -293,7 +297,8 @@ class _Ticket:
     """A job under way: the supervisor's end (`post`) and the client's (`next_event`).
 
     Attributes:
-        held: it is not with the process, for another job that was there at a death is.
+        held: it is not with the process, for another job that may kill it is.
+        alone: it was there at two deaths, and must be with the process alone.
         preparing: the process encodes what it is conditioned on, and so may die of it.
         started: the process has begun with its music.
         heard: audio of it has come out.
@@ -302,7 +307,7 @@ class _Ticket:
 
     def __init__(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         self.job = job
-        self.held = self.preparing = self.started = self.heard = False
+        self.held = self.alone = self.preparing = self.started = self.heard = False
         self.deaths = 0
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
