@@ -33,12 +33,18 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 def _walk(value: Any, without: frozenset[str], seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, torch.ScriptObject):  # weights of 8 bits, as torch packs them
-        yield torch.ops.quantized.linear_unpack(value)[0].int_repr()
+    elif isinstance(value, torch.ScriptObject):
+        yield _unpacked(value)
     elif id(value) not in seen:
         seen.add(id(value))
         for part in _parts(value, without):
             yield from _walk(part, without, seen)
+
+
+def _unpacked(packed: torch.ScriptObject) -> Tensor:
+    """Weights of 8 or 16 bits, which torch packs in objects of its own."""
+    weight: Tensor = torch.ops.quantized.linear_unpack(packed)[0]
+    return weight.int_repr() if weight.is_quantized else weight.half()
 
 
 def _parts(value: Any, without: frozenset[str]) -> list[Any]:

@@ -71,7 +71,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def _largest(x: Tensor) -> Tensor:
     """The largest magnitude of each row, `[N, 1]`; never 0."""
-    return torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min_(_TINY)
+    return x.abs().amax(dim=1, keepdim=True).clamp_min_(_TINY)  # an infinity norm takes ten times as long
 
 
 def _pack(weight: Tensor, scale: Tensor) -> torch.ScriptObject:

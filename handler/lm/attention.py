@@ -122,8 +122,7 @@ class StepAttention:
     """One vector a row: each attends to its own row's past, which ends where the row ends.
 
     Each span is a product of its own, so its bits depend on nothing beside it (`scaled_dot_product_attention` over
-    all rows would make them depend on the number of rows), and nobody reads beyond its own length. Vectors of no span
-    fill the step up; they are given zeros or null values.
+    all rows would make them depend on the number of rows), and nobody reads beyond its own length.
 
     Args:
         spans: the rows of this step, in the order of its vectors.
@@ -141,33 +140,34 @@ class StepAttention:
         crosses: Sequence[tuple[slice, CrossKV]],
         null_values: Sequence[Tensor],
     ) -> None:
-        self.positions, self.crosses, self.null_values = positions, crosses, null_values
+        self.positions, self.null_values = positions, null_values
         self._scale = config.head_dim**-0.5
         self._null_is_zero = not config.bias_attn
         shape = (len(positions), config.num_heads, config.head_dim)
         # Every layer uses the same memory: what it is given back has been used when the next one comes.
         self._q = torch.empty(shape, device=positions.device, dtype=cache.keys.dtype)
-        self._own, self._cross = torch.zeros_like(self._q), torch.zeros_like(self._q)
+        self._own, self._cross = torch.empty_like(self._q), torch.zeros_like(self._q)
         self._pasts = [_Past(config, cache, span, self._q, self._own) for span in spans]
+        self._crosses = [
+            (cross, *(x[vectors].flatten(0, 1).unsqueeze(2) for x in (self._q, self._cross)))
+            for vectors, cross in crosses
+        ]
 
     def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         torch.mul(q, self._scale, out=self._q)
         for past in self._pasts:
             past.new_keys[layer].copy_(k[past.vectors])
             past.new_values[layer].copy_(v[past.vectors])
-            weights = torch.bmm(past.q, past.keys[layer]).softmax(dim=-1)  # [R * H_kv, repeat, L]
-            torch.bmm(weights, past.values[layer], out=past.out)
+            _attend(past.q, past.keys[layer], past.values[layer], past.out)
         return self._own
 
     def cross_attention(self, layer: int, q: Tensor) -> Tensor:
         torch.mul(q, self._scale, out=self._q)
         if not self._null_is_zero:
             self._cross.copy_(self.null_values[layer])
-        for vectors, cross in self.crosses:
+        for cross, queries, out in self._crosses:
             k, v = cross[layer]  # [C, H, L, head_dim]
-            q, out = (x[vectors].flatten(0, 1).unsqueeze(1) for x in (self._q, self._cross))  # [C * H, 1, head_dim]
-            weights = torch.bmm(q, k.flatten(0, 1).mT).softmax(dim=-1)  # [C * H, 1, L]
-            torch.bmm(weights, v.flatten(0, 1), out=out)
+            _attend(queries, k.flatten(0, 1), v.flatten(0, 1), out)
         return self._cross
 
 
@@ -177,8 +177,8 @@ class _Past:
     Attributes:
         vectors: its places among the step's vectors.
         new_keys, new_values: for each layer where those of this step go, `[R, H_kv, head_dim]`.
-        keys, values: for each layer those seen, `[R * H_kv, head_dim, L]` and `[R * H_kv, L, head_dim]`.
-        q, out: `[R * H_kv, repeat, head_dim]` of the step's queries and results.
+        keys, values: for each layer those seen, `[R * H_kv, L, head_dim]`.
+        q, out: `[R * H_kv, head_dim, repeat]` of the step's queries and results.
     """
 
     def __init__(self, config: TransformerConfig, cache: KVCache, span: Span, q: Tensor, out: Tensor) -> None:
@@ -186,6 +186,15 @@ class _Past:
         keys, values = cache.keys[:, span.rows], cache.values[:, span.rows]  # [layers, R, H_kv, positions, head_dim]
         self.vectors = span.vectors
         self.new_keys, self.new_values = keys[:, :, :, span.position].unbind(), values[:, :, :, span.position].unbind()
-        self.keys = keys[:, :, :, first : span.position + 1].flatten(1, 2).mT.unbind()
+        self.keys = keys[:, :, :, first : span.position + 1].flatten(1, 2).unbind()
         self.values = values[:, :, :, first : span.position + 1].flatten(1, 2).unbind()
-        self.q, self.out = (x[span.vectors].view(-1, config.kv_repeat, config.head_dim) for x in (q, out))
+        self.q, self.out = (x[span.vectors].view(-1, config.kv_repeat, config.head_dim).mT for x in (q, out))
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+    """Attention of scaled queries `[B, head_dim, repeat]` over keys and values `[B, L, head_dim]`, into a view like q.
+
+    Keys come first in their product, which is faster for the few queries there are.
+    """
+    weights = torch.bmm(keys, q).mT.softmax(dim=-1)  # [B, repeat, L]
+    torch.bmm(weights, values, out=out.mT)

@@ -11,15 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from handler.lm.attention import CrossKV, KVCache, Span, StepAttention
 from handler.lm.conditions import FusedConditions
 from handler.lm.model import LanguageModel
 from handler.lm.sampling import Sampling, draw, guide, keep_top_k, keep_top_p
-
-_FEWEST_ROWS = 4
-"""Of a step on a CPU: oneDNN reads the weights for four rows in less time than for two. The rest is filled up."""
 
 UNKNOWN = -1
 """Stands in a sequence where a code is still to be generated."""
@@ -150,7 +146,6 @@ class Decoder:
         if not active:
             return
         spans: list[Span] = []
-        idle = max(0, _FEWEST_ROWS - sum(slot.window.rows for slot in active)) if self.lm.device.type == "cpu" else 0
         crosses: list[tuple[slice, CrossKV]] = []
         positions: list[int] = []
         additives: list[Tensor | None] = []
@@ -166,23 +161,12 @@ class Decoder:
                 additives.append(None if group.additive is None else group.additive[:, slot.step])
                 row += group.rows
         device = self.lm.device
-        indices = [slot.index for slot in active for _ in slot.rows]
-        steps = [slot.step for slot in active for _ in slot.rows]
-        index = torch.tensor(indices + indices[:1] * idle, device=device)  # [N]
-        step = torch.tensor(steps + steps[:1] * idle, device=device)  # [N]
-        attention = StepAttention(
-            self.lm.config,
-            self.cache,
-            spans,
-            torch.tensor(positions + positions[:1] * idle, device=device),
-            crosses,
-            self._null_values,
-        )
+        index = torch.tensor([slot.index for slot in active for _ in slot.rows], device=device)  # [N]
+        step = torch.tensor([slot.step for slot in active for _ in slot.rows], device=device)  # [N]
+        where = torch.tensor(positions, device=device)  # [N]
+        attention = StepAttention(self.lm.config, self.cache, spans, where, crosses, self._null_values)
         tokens = self.sequences[index, :, step]  # [N, K]
-        additive = _stacked(additives)
-        if additive is not None:
-            additive = F.pad(additive, (0, 0, 0, idle))
-        self._sample(active, self.lm.step(tokens, additive, attention))
+        self._sample(active, self.lm.step(tokens, _stacked(additives), attention))
 
     def leave(self, slot: Slot) -> Tensor:
         """Frees a window's rows and gives its sequence, int64 `[K, S]`."""

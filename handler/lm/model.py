@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,16 +73,20 @@ class LanguageModel(nn.Module):
 
         int8 is for a CPU alone: the weights of all products are rounded to 8 bits, and the rest is float32.
 
-        Each parameter is converted, then dropped, before the next: the peak is the model and one parameter more.
+        Each parameter is converted, then dropped, before the next: the peak is the model and one parameter more for
+        each thread.
         """
         self.device, self.weight_dtype, self.dtype = device, dtype, computed_in(dtype)
-        for module in self.modules():
-            if isinstance(module, SelfAttention | CrossAttention):
-                module.finalize(device, dtype)
-        for layer in self.transformer.layers:
-            for projection in layer.children():
-                if isinstance(projection, Projection):
-                    projection.finalize(device, dtype)
+        parts: list[SelfAttention | CrossAttention | Projection] = [
+            module for module in self.modules() if isinstance(module, SelfAttention | CrossAttention)
+        ]
+        parts += [
+            part for layer in self.transformer.layers for part in layer.children() if isinstance(part, Projection)
+        ]
+        # Packing for a CPU uses one core, and most of the time that loading takes.
+        with ThreadPoolExecutor(torch.get_num_threads() if device.type == "cpu" else 1) as pool:
+            for _ in pool.map(lambda part: part.finalize(device, dtype), parts):
+                pass
         heads = [head for head in self.linears if isinstance(head, _Head)]
         weight = torch.cat([head.weight.detach() for head in heads])  # [K * card, dim]
         biases = [head.bias.detach() for head in heads if head.bias is not None]

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from handler.half import HalfLinear, fits_half
 from handler.linear import Linear
 from handler.lm.embedding import Rotary, sinusoidal_embedding
 from handler.quantized import QuantizedLinear
@@ -271,7 +272,11 @@ class Transformer(nn.Module):
 
 def lay_out(weight: Tensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> Linear:
     """A linear map for a device; int8 is for a CPU."""
-    return QuantizedLinear(weight, bias) if dtype is torch.int8 else Linear(weight, bias, device, dtype)
+    if dtype is torch.int8:
+        return QuantizedLinear(weight, bias)
+    if dtype is torch.float32 and device.type == "cpu" and fits_half(weight):
+        return HalfLinear(weight, bias)
+    return Linear(weight, bias, device, dtype)
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

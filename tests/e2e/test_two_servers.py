@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ NAMES = ("one", "two")
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120
 RUNNING, WAITING = 4, 16
+LONG = 40
+"""Seconds of a clip that takes seconds to make."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,26 @@ class Site:
         for name in NAMES:
             self.wait_for(name)
 
-    def ask(self, path: str = "", server: str | None = None, request_id: str | None = None, **fields: Any) -> Reply:
-        """Have a clip made; by the router's choice of server, or by one through its gate."""
+    def ask(
+        self,
+        path: str = "",
+        server: str | None = None,
+        request_id: str | None = None,
+        begun: threading.Event | None = None,
+        **fields: Any,
+    ) -> Reply:
+        """Have a clip made; by the router's choice of server, or by one through its gate.
+
+        Args:
+            begun: set when the reply has.
+        """
         url = f"http://{self.gates[server]}" if server else self.url
         headers = self.authorization | ({"x-request-id": request_id} if request_id else {})
         with requests.post(
             f"{url}/predictions/small{path}", json=fields, headers=headers, timeout=TIMEOUT, stream=True
         ) as response:
+            if begun is not None:
+                begun.set()
             body, whole = b"", True
             try:
                 for piece in response.iter_content(None):
@@ -163,7 +179,7 @@ def test_a_cancel_reaches_the_server_that_has_the_request(site: Site) -> None:
     names = [f"song-{number}" for number in range(4)]
     with ThreadPoolExecutor(len(names)) as pool:
         clips = [pool.submit(site.ask, request_id=name, duration=120) for name in names]
-        until(lambda: running_on(site, "one") and running_on(site, "two"))
+        until(lambda: in_flight_on(site, "one") > 0 and in_flight_on(site, "two") > 0)
         assert [site.ask("/1.0/cancel", request_id=name).status for name in names] == [200] * len(names)
         replies = [clip.result() for clip in clips]
     assert [reply.status for reply in replies] == [499] * len(names)
@@ -184,23 +200,30 @@ def test_a_request_that_one_server_is_too_full_for_is_made_by_the_other(site: Si
 
 def test_when_a_server_is_killed_under_load_no_request_fails_and_its_streams_end_short(site: Site) -> None:
     assert canary(site, "one") == (0, "every model makes music\n")
-    wholes: list[dict[str, Any]] = [{"prompt": f"song {seed}", "duration": 2, "seed": seed} for seed in range(10)]
     streams: list[dict[str, Any]] = [
-        {"prompt": f"stream {seed}", "duration": 12, "seed": seed, "stream": True, "format": "pcm"} for seed in range(4)
+        {"prompt": f"stream {seed}", "duration": LONG, "seed": seed, "stream": True, "format": "pcm"}
+        for seed in range(6)
+    ]
+    # Two that run and eight that wait, none of which can be done before its server is killed: a reply that has begun
+    # cannot be begun again.
+    wholes: list[dict[str, Any]] = [
+        {"prompt": f"song {seed}", "duration": LONG if seed < 2 else 2, "seed": seed} for seed in range(10)
     ]
     with ThreadPoolExecutor(len(wholes) + len(streams)) as pool:
-        streaming = [pool.submit(site.ask, **fields) for fields in streams]
-        until(lambda: running_on(site, "one") and running_on(site, "two"))
-        making = [pool.submit(site.ask, **fields) for fields in wholes]
-        until(lambda: any(clip.done() for clip in making))  # the others run, or wait
+        begun = [threading.Event() for _ in streams]
+        streaming = [pool.submit(site.ask, begun=event, **fields) for event, fields in zip(begun, streams, strict=True)]
+        making = [pool.submit(site.ask, **fields) for fields in wholes[:2]]
+        assert all(event.wait(TIMEOUT) for event in begun)
+        making += [pool.submit(site.ask, **fields) for fields in wholes[2:]]
+        until(lambda: in_flight_on(site, "one") > RUNNING and in_flight_on(site, "two") > RUNNING)
+        assert not any(clip.done() for clip in [*making, *streaming])
         site.kill("one")
         made, heard = [clip.result() for clip in making], [stream.result() for stream in streaming]
         again = list(pool.map(lambda fields: site.ask(**fields), [*wholes[::3], *streams]))
 
     assert canary(site, "one")[0] == 1
     assert [(reply.status, reply.whole) for reply in made] == [(200, True)] * len(made)
-    assert "two" in {reply.server for reply in made}
-    assert {reply.server for reply in again} == {"two"}
+    assert {reply.server for reply in [*made, *again]} == {"two"}
     assert [reply.body for reply in made[::3]] == [reply.body for reply in again[: -len(streams)]]
     assert {reply.server for reply in heard} == set(NAMES)
     for reply, whole in zip(heard, again[-len(streams) :], strict=True):
@@ -217,9 +240,10 @@ def canary(site: Site, name: str) -> tuple[int, str]:
     return run.returncode, run.stdout
 
 
-def running_on(site: Site, name: str) -> bool:
+def in_flight_on(site: Site, name: str) -> int:
     report = requests.get(f"http://{site.gate_metrics[name]}/metrics", timeout=TIMEOUT).text
-    return re.search(r"^musicgen_running_requests\{.*\} [1-9]", report, re.MULTILINE) is not None
+    value = re.search(r"^musicgen_requests_in_flight\{.*\} ([0-9.]+)", report, re.MULTILINE)
+    return int(float(value[1])) if value else 0
 
 
 def until(true: Callable[[], bool]) -> None:
