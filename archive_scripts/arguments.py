@@ -9,6 +9,7 @@ from pathlib import Path
 MODEL_STORE = Path("model-store")
 STARTUP_SECONDS = 1200.0
 DRAIN_SECONDS = 60.0
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:

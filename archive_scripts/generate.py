@@ -8,6 +8,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from archive_scripts.arguments import DTYPES
 from archive_scripts.errors import CommandError
 
 HELP = "generate a clip without a server"
@@ -18,7 +19,6 @@ file.
   python -m archive_scripts generate small "80s pop with heavy drums" -o pop.wav --duration 12 --seed 7
 """
 FORMATS = ("wav", "flac", "mp3", "ogg")
-DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def add_parser(commands: Any) -> None:

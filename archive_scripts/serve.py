@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from archive_scripts.arguments import DRAIN_SECONDS, MODEL_STORE, add_startup_timeout, device, workers
+from archive_scripts.arguments import DRAIN_SECONDS, DTYPES, MODEL_STORE, add_startup_timeout, device, workers
 from archive_scripts.errors import CommandError
 from archive_scripts.machine import gpu_count, thread_share
 from archive_scripts.members import is_archive, model_name
@@ -41,7 +41,6 @@ it kills: TimeoutStopSec in systemd, terminationGracePeriodSeconds in Kubernetes
 CLIPS = Path("clips")
 CANARY = {"prompt": "80s pop with heavy drums", "duration": 4, "seed": 0}
 READ_KEY = 'import json, sys; print(json.load(open(sys.argv[1]))["inference"]["key"])'
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_parser(commands: Any) -> None:
@@ -67,8 +66,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="number format of the language models (default: as each archive says, else float16 on a GPU, float32 on a "
-        "CPU)",
+        help="number format of the language models; int8 is for a CPU (default: as each archive says, else float16 on "
+        "a GPU, float32 on a CPU)",
     )
     parser.add_argument(
         "--drain",

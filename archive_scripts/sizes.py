@@ -25,8 +25,8 @@ ROWS, PROMPT_TOKENS, MELODY_FRAMES, STYLE_FRAMES = 2, 512, 235, 512
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes: of an archive, and in memory on a GPU (language model in float16) and on a CPU (float32), where the model,
-    its auxiliary models and the keys and values of one request are counted."""
+    """Bytes: of an archive, and in memory on a GPU (float16) and on a CPU (float32, its weights kept in float16), where
+    the model, its auxiliary models and the keys and values of one request are counted."""
 
     disk: int
     gpu: int
@@ -39,18 +39,20 @@ def sizes_of(variant: Variant) -> Sizes:
     auxiliaries = [AUXILIARIES[name] for name in variant.auxiliaries]
     checkpoint = variant.checkpoint_bytes or 2 * parameters + CODEC_BYTES
     beside = CODEC_BYTES + sum(4 * loaded for _, loaded in auxiliaries)
-    values = parameters + cache_values(variant)
-    return Sizes(checkpoint + sum(disk for disk, _ in auxiliaries), 2 * values + beside, 4 * values + beside)
+    cache = cache_values(variant)
+    # Embeddings are looked up, not multiplied, and so are float32 on a CPU.
+    cpu = 2 * parameters + 2 * embedding_values(variant) + 4 * cache
+    disk = checkpoint + sum(disk for disk, _ in auxiliaries)
+    return Sizes(disk, 2 * (parameters + cache) + beside, cpu + beside)
 
 
 def lm_parameters(variant: Variant) -> int:
     """The values of a language model's state: transformer, embeddings, heads, and its own part of the conditioners."""
-    dim, codebooks = variant.dim, 4 * variant.channels
+    dim, codebooks = variant.dim, codebooks_of(variant)
     cross = variant.conditioners == ("description",)
     attention, norm = 4 * dim * dim, 2 * dim
     layer = attention + norm + 8 * dim * dim + norm + (attention + norm if cross else 0)
-    tables = codebooks * (CARDINALITY + 1 + CARDINALITY) * dim
-    total = variant.layers * layer + tables + norm
+    total = variant.layers * layer + embedding_values(variant) + codebooks * CARDINALITY * dim + norm
     total += sum((T5_DIMS[name] + 1) * dim for name in variant.auxiliaries if name in T5_DIMS)
     if "melody" in variant.conditioners:
         total += (12 + 1) * dim + 16_384  # the projection of the chroma, the window of its spectrogram
@@ -59,6 +61,15 @@ def lm_parameters(variant: Variant) -> int:
         total += STYLE_LAYERS * (12 * STYLE_DIM**2 + 4 * STYLE_DIM) + 2 * STYLE_DIM
         total += STYLE_CODEBOOKS * (2 * STYLE_BINS * STYLE_DIM + STYLE_BINS + 1)
     return total
+
+
+def embedding_values(variant: Variant) -> int:
+    """The values of a language model's embeddings, the special token's included."""
+    return codebooks_of(variant) * (CARDINALITY + 1) * variant.dim
+
+
+def codebooks_of(variant: Variant) -> int:
+    return 4 * variant.channels
 
 
 def cache_values(variant: Variant) -> int:

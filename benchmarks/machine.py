@@ -64,10 +64,10 @@ def _commit() -> str:
         return "not in a git repository"
 
 
-def read_bandwidth(device: str) -> float:
-    """Bytes a second that all cores together read of memory that no cache holds: the best of summing a buffer."""
+def memory_reader(device: str) -> tuple[Callable[[], object], int]:
+    """A call that has all cores together read memory that no cache holds, and how many bytes."""
     buffer = torch.ones(_BUFFER_BYTES[kind(device)] // 4, device=device)
-    return buffer.nbytes / _fastest(lambda: buffer.sum(), device)
+    return buffer.sum, buffer.nbytes
 
 
 def matmul_rate(device: str) -> float:

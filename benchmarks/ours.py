@@ -40,19 +40,24 @@ class Ours:
         self.decoder.step()
 
     def step_bytes(self) -> float:
-        """Bytes that a step in the middle must read: weights once, cached keys and values of every row.
-
-        Of cross-attention only the queries' and the output's weights are read, its keys and values being cached; of
-        the embeddings a few rows.
-        """
+        """Bytes that a step in the middle must read: weights once, cached keys and values of every row."""
         assert self.decoder is not None
         lm = self.model.lm
-        weights = tensors_of(lm, without=("_kv_proj", "_embeddings", "_first_embedding", "null_value"))
         window = self.decoder.slots[0].window
         prefix = window.positions + 1 - window.sequence.shape[1]
         position = prefix + round(self.seconds * self.model.frame_rate / 2)
         past = KVCache.row_bytes(lm.config, position, lm.device, lm.dtype) * self.requests * window.rows
-        return bytes_of(weights) + past + bytes_of(tensors_of([slot.crosses for slot in self.decoder.slots]))
+        return (
+            bytes_of(self.step_weights()) + past + bytes_of(tensors_of([slot.crosses for slot in self.decoder.slots]))
+        )
+
+    def step_weights(self) -> list[Tensor]:
+        """The weights that a step reads.
+
+        Of cross-attention only the queries' and the output's are, its keys and values being cached; of the embeddings a
+        few rows.
+        """
+        return tensors_of(self.model.lm, without=("_kv_proj", "_embeddings", "_first_embedding", "null_value"))
 
     def conditions(self) -> FusedConditions:
         """Those of the first request's rows."""

@@ -12,6 +12,7 @@ from handler.engine.process import ModelSpec
 from handler.engine.scheduler import Capacity
 from handler.errors import CheckpointError
 from handler.lm.attention import KVCache
+from handler.lm.transformer import bytes_of_value
 from handler.musicgen import MusicGen, serving_device, serving_dtype
 
 _ROWS_OF_A_REQUEST = 2  # with guidance, as nearly every request has it
@@ -39,13 +40,15 @@ def require_room(spec: ModelSpec) -> None:
 
 
 def model_bytes(spec: ModelSpec) -> int:
-    """The bytes of all weights as they are served: the language model's in its dtype, the others' as on the disk."""
-    dtype = serving_dtype(spec.dtype, serving_device(spec.device))
+    """The bytes of all weights as they are served: the language model's as laid out, the others' as on the disk."""
+    device = serving_device(spec.device)
+    dtype = serving_dtype(spec.dtype, device)
     checkpoint = read_checkpoint(spec.checkpoint / LM_FILE)
-    values = 0 if isinstance(checkpoint, Pointer) else sum(tensor.numel() for tensor in checkpoint.state.values())
+    tensors = [] if isinstance(checkpoint, Pointer) else list(checkpoint.state.values())
+    model = sum(tensor.numel() * bytes_of_value(tensor, device, dtype) for tensor in tensors)
     files = [path for folder in (spec.checkpoint, spec.hub_dir) for path in _weight_files(folder)]
     beside = sum(path.stat().st_size for path in set(files) if path != spec.checkpoint / LM_FILE)
-    return values * dtype.itemsize + beside
+    return model + beside
 
 
 def capacity_for(model: MusicGen, spec: ModelSpec) -> Capacity:

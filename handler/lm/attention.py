@@ -148,10 +148,10 @@ class StepAttention:
         self._q = torch.empty(shape, device=positions.device, dtype=cache.keys.dtype)
         self._own, self._cross = torch.empty_like(self._q), torch.zeros_like(self._q)
         self._pasts = [_Past(config, cache, span, self._q, self._own) for span in spans]
-        self._crosses = [
-            (cross, *(x[vectors].flatten(0, 1).unsqueeze(2) for x in (self._q, self._cross)))
-            for vectors, cross in crosses
-        ]
+        self._crosses: list[tuple[CrossKV, Tensor, Tensor]] = []
+        for vectors, cross in crosses:
+            queries, out = (x[vectors].flatten(0, 1).unsqueeze(2) for x in (self._q, self._cross))
+            self._crosses.append((cross, queries, out))  # each [C * H, head_dim, 1]
 
     def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         torch.mul(q, self._scale, out=self._q)

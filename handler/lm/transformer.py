@@ -274,9 +274,14 @@ def lay_out(weight: Tensor, bias: Tensor | None, device: torch.device, dtype: to
     """A linear map for a device; int8 is for a CPU."""
     if dtype is torch.int8:
         return QuantizedLinear(weight, bias)
-    if dtype is torch.float32 and device.type == "cpu" and fits_half(weight):
+    if bytes_of_value(weight, device, dtype) < dtype.itemsize:
         return HalfLinear(weight, bias)
     return Linear(weight, bias, device, dtype)
+
+
+def bytes_of_value(weight: Tensor, device: torch.device, dtype: torch.dtype) -> int:
+    """What `lay_out` takes for each value of a weight."""
+    return 2 if dtype is torch.float32 and device.type == "cpu" and fits_half(weight) else dtype.itemsize
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

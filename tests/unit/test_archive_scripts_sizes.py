@@ -44,7 +44,7 @@ def test_list_shows_every_variant_with_its_sizes(capsys: pytest.CaptureFixture[s
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(VARIANTS) + 1
-    assert re.match(r"stereo-large +3\.3B +7\.7 GB +8\.4 GB +16\.2 GB +stereo 32 kHz +text ", lines[8])
+    assert re.match(r"stereo-large +3\.3B +7\.7 GB +8\.4 GB +9\.7 GB +stereo 32 kHz +text ", lines[8])
     assert main(["list", "--json"]) == 0
     [small, *_] = json.loads(capsys.readouterr().out)
     assert small["bytes"]["disk"] == sizes_of(VARIANTS["small"]).disk
