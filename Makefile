@@ -1,6 +1,7 @@
 # make serve   a server on this machine, answering curl, with a first clip saved
 # make test    lint, types and every test but the load
 # make load    the load: many requests at once, and a thousand one after another
+# make faults  faults and attacks, the minutes of overload too
 VARIANT ?= debug
 PORT ?= 8080
 
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 
-.PHONY: serve test load lint clean
+.PHONY: serve test load faults lint clean
 
 serve: .venv/serving
 	exec $(BIN)/python -m archive_scripts serve $(VARIANT) --port $(PORT) --open
@@ -20,6 +21,9 @@ test: lint
 
 load: .venv/development
 	$(BIN)/python -m pytest -m load --capture=no
+
+faults: .venv/development
+	$(BIN)/python -m pytest -m faults
 
 lint: .venv/development
 	$(BIN)/ruff check

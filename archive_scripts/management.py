@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from archive_scripts.errors import CommandError
+from archive_scripts.gauges import gauges
 from archive_scripts.run_folder import RunFolder
 
 MOST_MODELS = 1000
 SECONDS = 60.0
+READY = "READY"
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A process that serves a version: its pid, its status (`READY`, `UNLOADING` …), whether it has a GPU."""
+    """A process that serves a version: its pid, its status (`READY` or `LOADING`), whether it has a GPU."""
 
     pid: int
     status: str
@@ -26,7 +29,7 @@ class Worker:
 
     @property
     def is_ready(self) -> bool:
-        return self.status == "READY"
+        return self.status == READY
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,8 @@ class Management:
     def versions(self, variant: str) -> list[Version]:
         [default] = self._call("GET", f"/{quote(variant)}")
         described = self._call("GET", f"/{quote(variant)}/all")
-        return [_version(description, default["modelVersion"]) for description in described]
+        loaded = {pid for _, pid in gauges(self._server)}
+        return [_version(description, default["modelVersion"], loaded) for description in described]
 
     def version(self, variant: str, version: str | None = None) -> Version:
         """One version: the default one if none is named."""
@@ -115,8 +119,8 @@ class Management:
             raise CommandError(f"the server at {self._server.management} does not answer: {error} ({logs})") from error
 
 
-def _version(description: Any, default: str) -> Version:
-    workers = [Worker(worker["pid"], worker["status"], worker["gpu"]) for worker in description["workers"]]
+def _version(description: Any, default: str, loaded: Set[int]) -> Version:
+    workers = [Worker(w["pid"], _status(w["status"], w["pid"] in loaded), w["gpu"]) for w in description["workers"]]
     return Version(
         variant=description["modelName"],
         version=description["modelVersion"],
@@ -125,6 +129,14 @@ def _version(description: Any, default: str) -> Version:
         workers=tuple(workers),
         pending=description.get("jobQueueStatus", {}).get("pendingRequests", 0),
     )
+
+
+def _status(told: str, is_loaded: bool) -> str:
+    """TorchServe calls a worker that loads its model UNLOADING, and for ever so one that took the place of one that
+    died, though that serves."""
+    if told != "UNLOADING":
+        return told
+    return READY if is_loaded else "LOADING"
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

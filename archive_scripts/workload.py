@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
-import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from archive_scripts.errors import CommandError
+from archive_scripts.gauges import gauges
 from archive_scripts.management import Version, Worker
 from archive_scripts.run_folder import RunFolder
 
@@ -19,7 +18,6 @@ WAITING = "musicgen_queue_depth"
 SETTLE_SECONDS = 1.0
 POLL_SECONDS = 0.2
 
-SAMPLE = re.compile(r'^(\w+)\{.*?Worker="(\d+)".*?\} (\S+)$', re.MULTILINE)
 ESTABLISHED = "01"  # in /proc/net/tcp
 
 
@@ -31,13 +29,7 @@ class Workload:
     """
 
     def __init__(self, server: RunFolder) -> None:
-        try:
-            with urllib.request.urlopen(f"{server.metrics}/metrics", timeout=10) as reply:
-                text = reply.read().decode()
-        except OSError as error:
-            logs = f"its logs are in {server.path}"
-            raise CommandError(f"the server at {server.metrics} does not answer: {error} ({logs})") from error
-        self._values = {(name, int(worker)): float(value) for name, worker, value in SAMPLE.findall(text)}
+        self._values = gauges(server)
 
     def of(self, metric: str, workers: Iterable[Worker]) -> int:
         """The sum of a gauge over workers; a worker that has reported nothing yet has done nothing yet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import requests
 
 from tests.e2e.conftest import TIMEOUT, Server, eventually
@@ -40,6 +41,7 @@ def test_every_request_of_a_mixture_gets_the_bytes_it_gets_alone(server: Server)
         assert server.post(**body).content == reply.content, body
 
 
+@pytest.mark.faults
 def test_nobody_who_waits_for_a_whole_clip_notices_that_the_engine_died(server: Server) -> None:
     bodies = [{"prompt": f"song {number}", "duration": 1 + number % 4, "seed": number} for number in range(12)]
     alone = [server.post(**body).content for body in bodies]
@@ -58,6 +60,7 @@ def test_nobody_who_waits_for_a_whole_clip_notices_that_the_engine_died(server: 
     eventually(lambda: sum(server.measured("musicgen_engine_restarts_total").values()) == restarts + 1)
 
 
+@pytest.mark.faults
 def test_poisoned_requests_are_errors_and_spoil_no_other(server: Server) -> None:
     good = [{"prompt": "80s pop", "duration": 2, "seed": seed} for seed in range(4)]
     poisoned = [{**SHORT, "prompt": prompt} for prompt in ("raise", "raise late", "die", "die early")]
@@ -68,6 +71,7 @@ def test_poisoned_requests_are_errors_and_spoil_no_other(server: Server) -> None
     assert server.post("fragile", **good[0]).content == alone[0]
 
 
+@pytest.mark.faults
 def test_a_full_engine_refuses_at_once_and_a_cancel_makes_room_at_once(server: Server) -> None:
     names = ["first", "second", "third"]
     [worker] = server.workers("narrow")

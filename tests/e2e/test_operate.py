@@ -133,6 +133,7 @@ def serving(folder: Path, port: int, *arguments: str) -> Iterator[subprocess.Pop
         process.communicate(timeout=60)
 
 
+@pytest.mark.faults
 def test_on_a_stop_signal_what_was_accepted_is_finished_and_what_is_new_refused(
     songs: list[Path], tmp_path: Path
 ) -> None:

@@ -22,6 +22,8 @@ from archive_scripts.run_folder import RunFolder, Scope, bearer
 from archive_scripts.server import CONFIG, TorchServe
 from tests.e2e.conftest import STARTUP_SECONDS, free_ports
 
+pytestmark = pytest.mark.faults
+
 TIMEOUT = 60
 TOKEN_SECONDS = 6
 SECRETS = {"HF_TOKEN": "sesame", "AWS_SECRET_ACCESS_KEY": "sesame", "MY_API_KEY": "sesame"}

@@ -137,6 +137,7 @@ class Received:
         return io.BytesIO(self._data)
 
 
+@pytest.mark.faults
 def test_a_slow_reader_gets_all_of_it_and_holds_nobody_up(server: Server) -> None:
     fields = {**ENDLESS, "duration": 30, "stream": True, "format": "pcm", "normalization": "none"}
     beside = server.post(**CLIP)
@@ -163,6 +164,7 @@ def test_a_slow_reader_gets_all_of_it_and_holds_nobody_up(server: Server) -> Non
     assert samples == server.post(**fields).content
 
 
+@pytest.mark.faults
 def test_streams_whose_engine_dies_break_off_and_events_say_so(server: Server) -> None:
     audio = server.stream(**ENDLESS, format="pcm")
     events = server.stream(**ENDLESS, stream_format="sse", format="mp3")

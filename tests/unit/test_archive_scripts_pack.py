@@ -261,6 +261,7 @@ def test_a_mistake_is_one_line_on_stderr_and_leaves_nothing(
     assert not list(tmp_path.rglob("*.mar"))
 
 
+@pytest.mark.faults
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))

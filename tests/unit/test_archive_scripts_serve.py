@@ -288,6 +288,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert f"usage: python -m archive_scripts {command}" in capsys.readouterr().out
 
 
+@pytest.mark.faults
 def test_a_disk_too_small_for_the_unpacked_archives_is_seen_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

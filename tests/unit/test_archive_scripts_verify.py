@@ -17,6 +17,8 @@ from archive_scripts.files import SUMS_FILE, parse_sums, read_sha256, sums_text
 from archive_scripts.pack import pack
 from archive_scripts.verify import verify
 
+pytestmark = pytest.mark.faults
+
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 HUB = GOLDENS / "hub"
 

@@ -15,6 +15,8 @@ from handler.checkpoint import Checkpoint, Config, Pointer, read_checkpoint
 from handler.errors import CheckpointError
 from tests.checkpoints import lm_checkpoint, lm_config, lm_state, write_export
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:

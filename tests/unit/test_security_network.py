@@ -19,6 +19,8 @@ GOLDENS = ROOT / "tests" / "goldens"
 SITECUSTOMIZE = """
 import os, sys
 
+pytestmark = pytest.mark.faults
+
 WATCHED = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.sendto",
            "socket.bind")
 

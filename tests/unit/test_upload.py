@@ -14,6 +14,8 @@ from handler.audio import ogg_checksum
 from handler.errors import RequestError
 from handler.upload import Upload, open_upload
 
+pytestmark = pytest.mark.faults
+
 FORMATS = [
     ("WAV", "PCM_16", 44_100),
     ("WAV", "FLOAT", 32_000),
