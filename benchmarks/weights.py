@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from handler.half import HalfLinear
+from handler.quantized import QuantizedLinear
+
+_PACKED = {HalfLinear: torch.float16, QuantizedLinear: torch.int8}
+
 
 def tensors_of(root: object, without: Iterable[str] = ()) -> list[Tensor]:
     """Every tensor that an object of ours, or a module, reaches through its attributes, each once.
 
-    Prepacked weights are no parameters, so `nn.Module.parameters` would miss them.
+    Prepacked weights are no parameters, so `nn.Module.parameters` would miss them; of those whose layout torch hides,
+    there is a tensor of their shape and dtype without values.
 
     Args:
         root: a module, an object of the package `handler`, or a container of them.
@@ -26,25 +32,19 @@ def tensors_of(root: object, without: Iterable[str] = ()) -> list[Tensor]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of all of them; also of tensors whose layout only their kernel knows."""
+    """Of all of them."""
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 def _walk(value: Any, without: frozenset[str], seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, torch.ScriptObject):
-        yield _unpacked(value)
     elif id(value) not in seen:
         seen.add(id(value))
+        if type(value) in _PACKED:  # torch keeps these weights in objects of its own
+            yield torch.empty(value.out_features, value.in_features, dtype=_PACKED[type(value)], device="meta")
         for part in _parts(value, without):
             yield from _walk(part, without, seen)
-
-
-def _unpacked(packed: torch.ScriptObject) -> Tensor:
-    """Weights of 8 or 16 bits, which torch packs in objects of its own."""
-    weight: Tensor = torch.ops.quantized.linear_unpack(packed)[0]
-    return weight.int_repr() if weight.is_quantized else weight.half()
 
 
 def _parts(value: Any, without: frozenset[str]) -> list[Any]:
