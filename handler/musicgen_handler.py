@@ -148,6 +148,7 @@ class MusicGenHandler:
                     raise EngineUnavailableError("this worker is about to stop and takes no more; try again")
                 if request.streams:
                     exchange.require_streams()
+                self.engine.require_place()
                 clip = await asyncio.to_thread(clip_of, request, self.parser.limits.window)
                 deadline = arrived + request.timeout
                 job = Job(exchange.request_id, clip, params_of(request), request.streams, deadline)

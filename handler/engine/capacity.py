@@ -59,8 +59,8 @@ def capacity_for(model: MusicGen, spec: ModelSpec) -> Capacity:
     """
     steps = model.lm.pattern_provider.get(int(model.max_duration * model.frame_rate)).num_steps
     positions = steps + model.longest_prefix(spec.max_prompt_tokens)
-    # On a GPU the cross-attention's keys and values have places of their own too.
-    beside = model.longest_condition(spec.max_prompt_tokens) if model.device.type == "cuda" else 0
+    # The cross-attention's keys and values: on a GPU in places of their own, on a CPU as they come.
+    beside = model.longest_condition(spec.max_prompt_tokens)
     row_bytes = KVCache.row_bytes(model.lm.config, positions + beside, model.device, model.lm.dtype)
     budget = int(_free_memory(model.device) * _SHARE_OF_FREE_MEMORY[model.device.type])
     if spec.memory_budget is not None:

@@ -39,6 +39,8 @@ from handler.engine.messages import (
     Restarted,
     Started,
     Status,
+    receive,
+    send,
 )
 from handler.engine.process import ModelSpec, run
 
@@ -149,16 +151,29 @@ class Engine:
 
     def _admit(self, ticket: _Ticket) -> str:
         with self._lock:
+            self.require_place()
+            key = str(next(self._keys))
+            self._tickets[key] = ticket
+            # Under the same lock, or a process that starts just now would be given the job twice.
+            try:
+                self._submit(key, ticket)
+            except BaseException:
+                del self._tickets[key]
+                raise
+        return key
+
+    def require_place(self) -> None:
+        """Whether a job that came now would be queued; asked before work is put into one.
+
+        Raises:
+            EngineBusyError, EngineUnavailableError: it would not.
+        """
+        with self._lock:
             if self._card is None or self._unavailable:
                 raise EngineUnavailableError(self._unavailable)
             if len(self._tickets) >= self._card.concurrency + self._max_queue:
                 wait = self._seconds * (1 + self._max_queue / self._card.concurrency)
                 raise EngineBusyError(self._max_queue, max(1, math.ceil(min(wait, 60.0))))
-            key = str(next(self._keys))
-            self._tickets[key] = ticket
-            # Under the same lock, or a process that starts just now would be given the job twice.
-            self._submit(key, ticket)
-        return key
 
     def _submit(self, key: str, ticket: _Ticket) -> None:
         """Gives a job to the process, or holds it back; see `_Ticket`."""
@@ -190,7 +205,7 @@ class Engine:
         # A broken pipe is the supervisor's business: it submits every ticket again.
         with self._lock, contextlib.suppress(OSError, ValueError):
             if self._connection is not None:
-                self._connection.send(command)
+                send(self._connection, command)
 
     def _spawn(self) -> None:
         """Starts a process, waits until its model is loaded, and gives it all jobs there are."""
@@ -200,14 +215,14 @@ class Engine:
         process.start()
         theirs.close()
         try:
-            _, first = ours.recv()
+            _, first = receive(ours)
         except (EOFError, OSError) as error:
-            process.join(_GRACE)
+            _end(process)
             raise EngineUnavailableError(
                 f"the engine's process ended while it loaded the model ({_ending(process)})"
             ) from error
         if isinstance(first, LoadFailed):
-            process.join(_GRACE)
+            _end(process)
             raise EngineUnavailableError(f"the model could not be loaded: {first.message}\n{first.traceback}")
         assert isinstance(first, Ready)
         with self._lock:
@@ -229,7 +244,10 @@ class Engine:
                 try:
                     self._spawn()
                     break
-                except EngineUnavailableError as error:
+                except Exception as problem:  # whatever it is, memory that is short for one: it may pass
+                    error = problem
+                    if not isinstance(error, EngineUnavailableError):
+                        error = EngineUnavailableError(f"{type(problem).__name__}: {problem}")
                     logger.error("the engine cannot be started again: %s", error)
                     if pause > _FIRST_PAUSE:  # what waits is not given up at the first failure
                         self._fail_all(error)
@@ -241,8 +259,11 @@ class Engine:
         connection = self._connection
         while connection is not None:
             try:
-                key, event = connection.recv()
+                key, event = receive(connection)
             except (EOFError, OSError):
+                return
+            except Exception:
+                logger.exception("the engine says what nobody understands; it is started again")
                 return
             if isinstance(event, Load):
                 self._load = event
@@ -265,10 +286,12 @@ class Engine:
         if connection is not None:
             connection.close()
         if process is not None:
-            process.kill()
+            process.kill()  # it may only have closed its pipe
             process.join(_GRACE)
             logger.error("the engine's process died (%s); %d requests are with it", _ending(process), len(tickets))
         suspects = [(key, ticket) for key, ticket in tickets if ticket.preparing or ticket.started]
+        # With none at work, it is what came last that it died of.
+        suspects = suspects or [(key, ticket) for key, ticket in tickets if not ticket.held]
         for key, ticket in suspects:
             ticket.deaths += 1
             if ticket.job.stream and ticket.heard:
@@ -326,6 +349,14 @@ class _Ticket:
             return Failed(
                 DeadlineExceededError("the request was given up: its timeout passed before the clip was finished")
             )
+
+
+def _end(process: SpawnProcess) -> None:
+    """Waits for a process that should leave by itself, and sees to it."""
+    process.join(_GRACE)
+    if process.is_alive():
+        process.kill()
+        process.join()
 
 
 def _ending(process: SpawnProcess) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,6 +176,19 @@ class Failed:
 
 
 Event = Ready | LoadFailed | Load | Preparing | Prepared | Started | Restarted | Progress | Audio | Done | Failed
+
+
+def send(connection: Connection, message: object) -> None:
+    """Sends what `receive` gives at the other end.
+
+    `Connection.send` would not do: torch has it pass tensors through shared memory, of which a container has 64 MB.
+    """
+    connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+
+def receive(connection: Connection) -> Any:
+    """Waits for the next message; raises EOFError when the other end is closed."""
+    return pickle.loads(connection.recv_bytes())
 
 
 class EngineError(Exception):

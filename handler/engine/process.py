@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from handler.engine.messages import (
     Cancel,
@@ -33,6 +33,8 @@ from handler.engine.messages import (
     LoadFailed,
     Ready,
     Wake,
+    receive,
+    send,
 )
 from handler.params import Clip, GenerationParams
 
@@ -87,7 +89,7 @@ def run(connection: Connection, spec: ModelSpec) -> None:
 
     def emit(job_id: str, event: Event) -> None:
         with writing:
-            connection.send((job_id, event))
+            send(connection, (job_id, event))
 
     threading.Thread(target=_read, args=(connection, commands), name="commands", daemon=True).start()
     try:
@@ -98,6 +100,15 @@ def run(connection: Connection, spec: ModelSpec) -> None:
             emit("", LoadFailed(f"{type(error).__name__}: {error}", traceback.format_exc()))
         return
     emit("", Ready(card))
+    try:
+        _serve(scheduler, commands, emit)
+    except BaseException:
+        logger.exception("the engine cannot go on")
+        os._exit(1)  # at once: an orderly end would first wait for all that is being prepared
+
+
+def _serve(scheduler: Scheduler, commands: queue.SimpleQueue[Command], emit: Emit) -> NoReturn:
+    """Makes decode steps, and obeys in between."""
     rounds, since = 0, time.monotonic()
     while True:
         # Blocks while there is nothing to do; between two steps it only looks.
@@ -118,10 +129,17 @@ def run(connection: Connection, spec: ModelSpec) -> None:
 
 def _read(connection: Connection, commands: queue.SimpleQueue[Command]) -> None:
     """Takes commands off the pipe as they come, so that the worker never waits for a decode step."""
-    with suppress(EOFError, OSError):
-        while not isinstance(command := connection.recv(), Close):
+    status = 0
+    try:
+        while not isinstance(command := receive(connection), Close):
             commands.put(command)
-    os._exit(0)
+    except (EOFError, OSError):
+        pass  # the worker is gone
+    except Exception:
+        logger.exception("a command cannot be read")
+        status = 1
+    finally:
+        os._exit(status)
 
 
 def _obey(scheduler: Scheduler, command: Command) -> None:

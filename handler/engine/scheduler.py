@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -25,7 +26,11 @@ Emit = Callable[[str, Event], None]
 """Takes a job's id and what became of it."""
 
 PREPARERS = 2
-"""Threads that encode conditions: a melody's stems take long, and a text behind it should not wait for them."""
+"""Threads that encode conditions: a melody's stems take long, and a text behind it should not wait for them.
+
+Each computes on one core: OpenMP would give each of them threads of its own, and as soon as there are more threads than
+cores, all of them sleep between two products instead of spinning, which doubles the time of a decode step.
+"""
 
 PROGRESS_STEPS = 10
 """A request reports its progress every so many decode steps."""
@@ -52,7 +57,7 @@ class _Request:
     """A job on its way through the scheduler.
 
     Its conditions are prepared in a thread (`preparing`), its window waits for free rows (`window`), and then runs
-    in them (`slot`); so it goes for every window it has.
+    in them (`slot`); so it goes for every window it has, but that rows once taken are kept until the last is done.
 
     Attributes:
         steps: its decode steps so far.
@@ -74,8 +79,8 @@ class Scheduler:
 
     Of the requests whose conditions are ready the oldest goes first; if it needs more rows than are free, it waits
     and nobody overtakes it: so nobody starves, three rows or not. Audio is decoded in chunks that end at fixed
-    frames of each request, whoever else runs, so its bytes depend on the request alone. What goes wrong in preparing
-    or prefilling a request ends that one; what goes wrong in a step, which is everybody's, is raised.
+    frames of each request, whoever else runs, so its bytes depend on the request alone. What goes wrong with a request
+    ends that one; what goes wrong in a step, or with the device, is everybody's, and is raised.
 
     Args:
         model: the loaded model.
@@ -116,7 +121,14 @@ class Scheduler:
             cuda_graphs,
         )
         self._requests: list[_Request] = []  # by arrival
-        self._preparers = ThreadPoolExecutor(PREPARERS, thread_name_prefix="prepare")
+        self._preparers = _preparers(PREPARERS)
+        # A request under way does not wait behind those that have not begun.
+        self._followers = _preparers(1)
+        # A few that are used again: memory is kept apart for each stream there ever was.
+        self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
+        if model.device.type == "cuda":
+            for _ in range(PREPARERS + 1):
+                self._streams.put(torch.cuda.Stream(model.device))
 
     @property
     def rows(self) -> int:
@@ -127,15 +139,14 @@ class Scheduler:
     def busy(self) -> bool:
         """Whether `round` has anything to do before the next call of `wake`."""
         return any(
-            r.slot is not None or r.window is not None or (r.preparing is not None and r.preparing.done())
-            for r in self._requests
+            _runs(r) or r.window is not None or (r.preparing is not None and r.preparing.done()) for r in self._requests
         )
 
     def submit(self, job: Job) -> None:
         """Takes a job in; its events follow."""
         request = _Request(job, StreamingDecoder(self.model.compression_model))
         self._requests.append(request)
-        self._prepare(request, lambda: self._start(job))
+        self._prepare(request, self._preparers, lambda: self._start(job))
 
     def cancel(self, job_id: str) -> None:
         """Forgets a job, and frees its rows before the next step."""
@@ -147,14 +158,13 @@ class Scheduler:
         """One turn: lets a request in, makes one decode step, and hands out what is finished."""
         self._collect()
         self._admit()
-        for request in self._running():
+        running = [request for request in self._requests if _runs(request)]
+        for request in running:
             request.steps += 1
         self.decoder.step()
-        for request in self._running():
-            self._advance(request)
-
-    def _running(self) -> Iterator[_Request]:
-        return iter([request for request in self._requests if request.slot is not None])
+        for request in running:
+            with self._contained(request):
+                self._advance(request)
 
     def _start(self, job: Job) -> Generation:
         tokens = self.model.prompt_tokens(job.clip.description)
@@ -162,33 +172,46 @@ class Scheduler:
             raise RequestError("prompt", f"must be a text of at most {self.max_prompt_tokens} tokens, not {tokens}")
         return self.model.start(job.clip, job.params)
 
-    def _prepare(self, request: _Request, start: Callable[[], Generation]) -> None:
+    def _prepare(self, request: _Request, pool: ThreadPoolExecutor, start: Callable[[], Generation]) -> None:
         """Encodes a request's conditions and prompt, in a thread."""
 
         @torch.inference_mode()
         def work() -> tuple[Generation, Window]:
             self.emit(request.job.id, Preparing())
-            with _stream_beside(self.model.device):
+            with self._beside():
                 generation = start()
                 window = generation.next_window()
             assert window is not None
             return generation, window
 
-        request.preparing = self._preparers.submit(work)
+        request.preparing = pool.submit(work)
         request.preparing.add_done_callback(lambda _: self.wake())
 
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On a GPU, work that the decode step neither waits for nor makes wait; it is done when the context ends."""
+        if self.model.device.type != "cuda":
+            yield
+            return
+        stream = self._streams.get()
+        try:
+            with torch.cuda.stream(stream):
+                yield
+            stream.synchronize()
+        finally:
+            self._streams.put(stream)
+
     def _collect(self) -> None:
-        """Takes in what the preparers have done. What is wrong with a request ends it, and only it."""
+        """Takes in what the preparers have done."""
         for request in list(self._requests):
             if request.preparing is None or not request.preparing.done():
                 continue
-            try:
-                request.generation, request.window = request.preparing.result()
-                self._check_fits(request.window)
+            preparing, request.preparing = request.preparing, None
+            with self._contained(request):
+                request.generation, window = preparing.result()
+                self._check_fits(window)
+                request.window = window
                 self.emit(request.job.id, Prepared())
-            except Exception as error:
-                self._fail(request, error)
-            request.preparing = None
 
     def _check_fits(self, window: Window) -> None:
         if window.rows > self.capacity.rows:
@@ -202,18 +225,31 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Prefills the oldest request that is ready, if its rows are free; one a turn, not to hold up the others."""
-        request = next((request for request in self._requests if request.window is not None), None)
-        if request is None or request.window is None or not self.decoder.has_room(request.window):
+        ready = [request for request in self._requests if request.window is not None]
+        # Those that keep rows wait for nobody.
+        request = next((request for request in ready if request.slot is not None), ready[0] if ready else None)
+        if request is None or request.window is None:
+            return
+        if request.slot is None and not self.decoder.has_room(request.window):
             return
         if request.steps == 0:
             self.emit(request.job.id, Started())
+        with self._contained(request):
+            self._leave(request)
+            window, request.window = request.window, None
+            request.slot = self.decoder.join(window)
+            request.steps += 1
+            self._advance(request)
+
+    @contextmanager
+    def _contained(self, request: _Request) -> Iterator[None]:
+        """What goes wrong inside ends this request."""
         try:
-            request.slot, request.window = self.decoder.join(request.window), None
+            yield
+        except torch.AcceleratorError:
+            raise  # the device is good for nobody any more
         except Exception as error:
             self._fail(request, error)
-            return
-        request.steps += 1
-        self._advance(request)
 
     def _fail(self, request: _Request, error: Exception) -> None:
         self._forget(request)
@@ -238,14 +274,13 @@ class Scheduler:
             self.emit(request.job.id, Progress(request.steps, generation.total_steps))
         if not slot.done:
             return
-        generation.accept(self.decoder.leave(slot))
-        request.slot = None
+        generation.accept(self.decoder.sequence_of(slot))
         if generation.finished:
-            self._requests.remove(request)
             self._emit_audio(request, request.audio.finish())
+            self._forget(request)
             self.emit(request.job.id, Done(generation.codes.numpy()))
         else:
-            self._prepare(request, lambda: generation)
+            self._prepare(request, self._followers, lambda: generation)
 
     def _chunk_end(self, request: _Request) -> int:
         """The frame at which the next chunk of audio ends: half a chunk, then whole ones."""
@@ -261,17 +296,18 @@ class Scheduler:
         self._requests.remove(request)
         if request.preparing is not None:
             request.preparing.cancel()
+        self._leave(request)
+
+    def _leave(self, request: _Request) -> None:
         if request.slot is not None:
-            self.decoder.leave(request.slot)
+            slot, request.slot = request.slot, None
+            self.decoder.leave(slot)
 
 
-@contextmanager
-def _stream_beside(device: torch.device) -> Iterator[None]:
-    """On a GPU, work that the decode step neither waits for nor makes wait; it is finished when the context ends."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
+def _runs(request: _Request) -> bool:
+    """Whether the next decode step is one of this request."""
+    return request.slot is not None and not request.slot.done
+
+
+def _preparers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "prepare", torch.set_num_threads, (1,))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
+from handler.engine import process
 from handler.engine.engine import Engine
 from handler.engine.messages import (
     Audio,
@@ -28,6 +34,8 @@ from handler.engine.messages import (
     Progress,
     Restarted,
     Started,
+    receive,
+    send,
 )
 from handler.engine.process import ModelSpec
 from handler.params import Clip, GenerationParams
@@ -186,6 +194,96 @@ def test_a_deadline_frees_the_rows(engine: Engine) -> None:
         wav_of(await events_of(engine, job("after")))
 
     asyncio.run(run())
+
+
+def test_what_keeps_a_new_process_from_starting_may_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn, tries = engine._spawn, iter([OSError("Cannot allocate memory")])
+
+    def spawn_soon() -> None:
+        for problem in tries:
+            raise problem
+        spawn()
+
+    monkeypatch.setattr(engine, "_spawn", spawn_soon)
+    wanted = job("kept", 1.0)
+    expected = wav_of(asyncio.run(events_of(engine, wanted)))
+    np.testing.assert_array_equal(wav_of(asyncio.run(events_of(engine, wanted, kill_once(Progress)))), expected)
+
+
+def test_while_there_is_no_process_requests_are_told_why_and_later_served(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawn, tries = engine._spawn, iter([OSError("Cannot allocate memory")] * 2)
+
+    def spawn_soon() -> None:
+        for problem in tries:
+            raise problem
+        spawn()
+
+    async def run() -> None:
+        lost = await events_of(engine, job("lost", 5.0), kill_once(Progress))
+        refused = await events_of(engine, job("refused"))
+        for events in (lost, refused):
+            error = error_of(events)
+            assert isinstance(error, EngineUnavailableError)
+            assert "Cannot allocate memory" in str(error)
+        while isinstance((events := await events_of(engine, job("served")))[-1], Failed):
+            await asyncio.sleep(0.1)
+        wav_of(events)
+
+    monkeypatch.setattr(engine, "_spawn", spawn_soon)
+    asyncio.run(run())
+
+
+def test_a_job_that_cannot_be_sent_takes_no_place(engine: Engine) -> None:
+    async def run() -> None:
+        unsendable = Job("unsendable", Clip(lambda: "jazz"), GenerationParams(duration=0.5, seed=0))  # type: ignore[arg-type]
+        for _ in range(10):
+            with pytest.raises((AttributeError, pickle.PicklingError)):
+                await events_of(engine, unsendable)
+        assert engine.status().waiting == 0
+        wav_of(await events_of(engine, job("after")))
+
+    asyncio.run(run())
+
+
+def test_audio_goes_through_the_pipe_itself_and_not_through_shared_memory() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    melody = torch.randn(2, 5000)
+    send(ours, Job("audio", Clip("jazz", melody, 32_000), GenerationParams(duration=0.5, seed=0)))
+    received = receive(theirs)
+    assert torch.equal(received.clip.melody, melody)
+    assert not melody.is_shared()
+    assert not received.clip.melody.is_shared()
+
+
+class _Raising:
+    """A scheduler whose round raises while it prepares something that takes long."""
+
+    busy, rows = True, 0
+
+    def round(self) -> None:
+        ThreadPoolExecutor(1).submit(time.sleep, 300)
+        raise ArithmeticError("a decode step failed")
+
+
+def _run_raising(connection: Connection, never: bool) -> None:
+    _Raising.busy = not never
+    process._load = lambda *_: (_Raising(), "card")  # type: ignore[assignment]
+    process.run(connection, spec())
+
+
+@pytest.mark.parametrize("never", [False, True], ids=["a step that raises", "a command nobody understands"])
+def test_what_the_process_cannot_go_on_after_ends_it_at_once(never: bool) -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_run_raising, args=(theirs, never))
+    child.start()
+    theirs.close()
+    if never:
+        ours.send_bytes(b"gibberish")
+    child.join(60)
+    assert child.exitcode == 1
 
 
 def test_a_model_that_cannot_be_loaded_tells_why(tmp_path: Path) -> None:

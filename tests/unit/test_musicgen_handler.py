@@ -62,7 +62,12 @@ class WoodenEngine:
         self.events = events
         self.jobs: list[Job] = []
         self.left = 0
+        self.full = False
         self.measured = Measurements()
+
+    def require_place(self) -> None:
+        if self.full:
+            raise EngineBusyError(64, 7)
 
     async def generate(self, job: Job) -> AsyncIterator[Event]:
         self.jobs.append(job)
@@ -188,6 +193,15 @@ def test_audio_that_turns_out_damaged_is_the_client_s_error() -> None:
     message = handled(handler, {"body": {"melody": damaged}}, JSON)
     assert message.status == 400
     assert json.loads(message.body)["error"]["field"] == "melody"
+    assert not engine.jobs
+
+
+def test_a_full_engine_refuses_before_any_audio_is_decoded() -> None:
+    handler, engine = handler_with(*CLIP, melody="chroma")
+    engine.full = True
+    damaged = base64.b64encode(base64.b64decode(flac_of(5))[:9_000]).decode()
+    message = handled(handler, {"body": {"melody": damaged}}, JSON)
+    assert (message.status, message.headers["retry-after"]) == (503, "7")
     assert not engine.jobs
 
 

@@ -25,6 +25,7 @@ class Stage:
     def __init__(self, model: MusicGen, requests: int = 8, rows: int = 16, chunk_frames: int = 20) -> None:
         self.events: dict[str, list[Event]] = {}
         self.order: list[str] = []
+        self.ends: list[str] = []
         self._woken = threading.Semaphore(0)
         capacity = Capacity(requests, rows, 1600, 1510)
         self.scheduler = Scheduler(model, capacity, chunk_frames, 512, self._note, self._woken.release)
@@ -33,6 +34,8 @@ class Stage:
         self.events.setdefault(job_id, []).append(event)
         if isinstance(event, Started):
             self.order.append(job_id)
+        if isinstance(event, Done | Failed):
+            self.ends.append(job_id)
 
     def submit(self, *jobs: Job) -> None:
         for job in jobs:
@@ -132,6 +135,25 @@ def test_music_of_several_windows_goes_on_inside(model: MusicGen) -> None:
         model.max_duration = 30.0
 
 
+def test_music_of_several_windows_keeps_its_rows_from_one_to_the_next(model: MusicGen) -> None:
+    model.max_duration = 2.0
+    try:
+        stage = Stage(model, requests=1, rows=2)
+        stage.submit(job("long", 5.0), job("short", 0.5))
+        stage.finish("long")
+        assert stage.order == ["long"]
+        stage.finish("short")
+        assert stage.ends == ["long", "short"]
+    finally:
+        model.max_duration = 30.0
+
+
+def test_conditions_are_encoded_on_one_core_and_leave_the_others_to_the_decode_step(model: MusicGen) -> None:
+    scheduler = Stage(model).scheduler
+    for pool in (scheduler._preparers, scheduler._followers):
+        assert pool.submit(torch.get_num_threads).result() == 1
+
+
 def test_nobody_overtakes_a_request_that_waits_for_three_rows(model: MusicGen) -> None:
     stage = Stage(model, requests=4, rows=4)
     stage.submit(
@@ -192,3 +214,35 @@ def test_a_request_the_model_raises_on_fails_alone_and_leaves_its_rows(
     failed = pickle.loads(pickle.dumps(stage.events["bad"][-1]))  # as it goes through the engine's pipe
     assert str(failed.error) == "WrongError: 1 2"
     np.testing.assert_array_equal(stage.wav("short"), alone(model, MIXED[0]))
+
+
+def test_a_request_the_model_raises_on_while_it_runs_fails_alone_and_leaves_its_rows(model: MusicGen) -> None:
+    stage = Stage(model, requests=2, rows=4)
+    stage.submit(job("bad", 2.0), MIXED[0])
+    stage.rounds(5)
+
+    def fails(*_: object) -> torch.Tensor:
+        raise WrongError(3, 4)
+
+    [bad] = [request for request in stage.scheduler._requests if request.job.id == "bad"]
+    assert bad.generation is not None
+    bad.generation.read = fails  # type: ignore[method-assign, assignment]
+    stage.submit(job("next", 0.4), job("after", 0.4))
+    stage.finish("bad", "short", "next", "after")
+    failed = stage.events["bad"][-1]
+    assert isinstance(failed, Failed)
+    assert str(failed.error) == "WrongError: 3 4"
+    np.testing.assert_array_equal(stage.wav("short"), alone(model, MIXED[0]))
+    assert not stage.scheduler.decoder.slots
+
+
+def test_a_fault_of_the_device_is_everybody_s(model: MusicGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(model)
+
+    def faults(slot: Slot) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(stage.scheduler.decoder, "_prefill", faults)
+    stage.submit(MIXED[0])
+    with pytest.raises(torch.AcceleratorError):
+        stage.finish("short")
