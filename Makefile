@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: serve test load faults lint clean
 
@@ -34,15 +34,16 @@ clean:
 	rm -rf .venv model-store .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/serving: requirements.txt
+.venv/serving: requirements.txt requirements.lock
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and none was found;" \
 		"install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	@echo "installing requirements.txt into .venv (PyTorch is large; a few minutes the first time)"
-	$(INSTALL) requirements.txt
+	@echo "installing requirements.lock and PyTorch into .venv (PyTorch is large; a few minutes the first time)"
+	$(INSTALL) --require-hashes --no-deps --requirement requirements.lock
+	$(INSTALL) --requirement requirements.txt
 	touch $@
 
 .venv/development: requirements-dev.txt .venv/serving
 	@echo "installing requirements-dev.txt into .venv"
-	$(INSTALL) requirements-dev.txt
+	$(INSTALL) --requirement requirements-dev.txt
 	touch $@

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -100,7 +101,11 @@ def is_archive(path: Path) -> bool:
 
 
 def model_name(archive: Path) -> str:
-    """What the server calls the model: the file's name without `.mar`, or the folder's."""
+    """What the server calls the model: the file's name without `.mar`, or what a folder's manifest says, as the folder
+    may be mounted anywhere."""
+    if archive.is_dir():
+        with suppress(OSError, KeyError, TypeError, ValueError):
+            return str(json.loads((archive / MANIFEST).read_text())["model"]["modelName"])
     return archive.name.removesuffix(".mar")
 
 

@@ -65,13 +65,18 @@ def run(args: argparse.Namespace) -> None:
         )
     count = args.workers or max((len(known.workers) for known in served if known.is_default), default=1)
     link = server.link(archive)
+    registered = False
     try:
         management.register(variant, link)
+        registered = True
         set_workers(server, management.version(variant, version), count, args.startup_timeout)
         generate(server, f"{variant}/{version}", CANARY, args.startup_timeout)
-    except CommandError as error:
-        with suppress(CommandError):
-            management.unregister(variant, version)
-        server.unlink(link)
+    except (CommandError, KeyboardInterrupt) as error:
+        if registered:  # else it may be somebody else's, who was faster
+            with suppress(CommandError):
+                management.unregister(variant, version)
+            server.unlink(link)
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise CommandError(f"{variant} {version} was not registered: {error}") from error
     show_versions(management.versions(variant), args.json)

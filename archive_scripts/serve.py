@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -129,11 +130,20 @@ def find_archive(variant: str, model_store: Path) -> Path:
 
 
 def handler_settings(device: str | None, dtype: str | None) -> dict[str, str]:
-    """The environment that puts these before the `handler:` block of every archive; `cuda` leaves the choice of the GPU
-    to TorchServe, which is the setting's default."""
-    settings = {"device": None if device == "cuda" else device} if device else {}
+    """The environment that puts these before the `handler:` block of every archive, beside what it sets already; `cuda`
+    leaves the choice of the GPU to TorchServe, which is the setting's default.
+
+    Raises:
+        CommandError: what it sets is no JSON object.
+    """
+    settings: dict[str, Any] = {"device": None if device == "cuda" else device} if device else {}
     settings |= {"dtype": dtype} if dtype else {}
-    return {OVERRIDES: json.dumps(settings)} if settings else {}
+    if not settings:
+        return {}
+    try:
+        return {OVERRIDES: json.dumps({**json.loads(os.environ.get(OVERRIDES, "{}")), **settings})}
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"{OVERRIDES} in the environment must be a JSON object: {error}") from error
 
 
 def curl_line(server_url: str, model: str, open_profile: bool) -> str:
@@ -157,8 +167,11 @@ def _drain(server: TorchServe, seconds: float) -> None:
     _say(f"\nfinishing what was accepted, for at most {seconds:g} s; Ctrl-C again stops at once")
     try:
         left = server.drain(seconds)
-    except (CommandError, KeyboardInterrupt):
-        left = 0  # it is gone, or the operator does not want to know
+    except CommandError as error:
+        left = 0
+        _say(f"nothing can be finished any more: {error}")
+    except KeyboardInterrupt:
+        left = 0  # the operator does not want to know
     if left:
         _say(f"{left} requests were not finished in {seconds:g} s and are cut; --drain gives them more time")
     _say("stopping TorchServe")

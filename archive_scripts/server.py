@@ -35,6 +35,7 @@ JVM_STOP_SECONDS = 30
 
 # In this order the three servers take the port given and the two after it.
 ADDRESSES = ("inference_address", "management_address", "metrics_address")
+GRPC_ADDRESSES = ("grpc_inference_address", "grpc_management_address")
 
 
 class TorchServe:
@@ -72,11 +73,15 @@ class TorchServe:
             self._properties["number_of_gpu"] = str(gpus)
         if open_profile:
             self._properties["disable_token_authorization"] = "true"
-        hosts = [urlsplit(self._properties.get(key, "http://127.0.0.1")).hostname or "" for key in ADDRESSES]
-        if open_profile and not all(is_loopback(host) for host in hosts):
+        addresses = [urlsplit(self._properties.get(key, "http://127.0.0.1")) for key in ADDRESSES]
+        if any(address.scheme != "http" for address in addresses):
+            raise CommandError(f"the addresses in {config} must begin with http://; for TLS put a proxy in front")
+        hosts = [address.hostname or "" for address in addresses]
+        grpc = [self._properties.get(key, "127.0.0.1") for key in GRPC_ADDRESSES]
+        if open_profile and not all(is_loopback(host) for host in [*hosts, *grpc]):
             raise CommandError(f"--open serves without tokens, so the addresses in {config} must be loopback ones")
         self._urls = {
-            key: f"http://{host}:{port + offset}"
+            key: f"http://[{host}]:{port + offset}" if ":" in host else f"http://{host}:{port + offset}"
             for offset, (key, host) in enumerate(zip(ADDRESSES, hosts, strict=True))
         }
         for offset, host in enumerate(hosts):
@@ -200,16 +205,26 @@ class TorchServe:
 
     def drain(self, seconds: float) -> int:
         """Refuse what is new until the server stops, and return when what was accepted has been answered, its replies
-        read by the clients; or when the time is up: then with how many are left.
+        read by the clients; or when the time is up: then with how many are left. A server that does not answer for a
+        while has as many left as it had, one at least.
 
         Raises:
-            CommandError: the server does not answer.
+            CommandError: the server is gone.
         """
-        self.running.ask_to_drain(SERVER)
+        with contextlib.suppress(OSError):  # with a full disk it cannot be asked, and what comes is finished too
+            self.running.ask_to_drain(SERVER)
+        last = 1
 
         def left() -> int:
-            versions = Management(self.running).all_versions()
-            return Workload(self.running).in_flight(versions) or replies_unread(self.running.port)
+            nonlocal last
+            try:
+                versions = Management(self.running).all_versions()
+                last = Workload(self.running).in_flight(versions) or replies_unread(self.running.port)
+            except CommandError:
+                if self._launcher.poll() is not None:
+                    raise
+                last = max(1, last)
+            return last
 
         return wait_until_idle(left, seconds)
 

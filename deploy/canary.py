@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 
 CLIP = {"duration": 0.1, "seed": 0, "format": "wav"}
-FINISHED = re.compile(r'^musicgen_requests_total\{ModelName="([^"]*)",.*Outcome="ok".*\} (\S+)$', re.MULTILINE)
+FINISHED = re.compile(r'^musicgen_audio_seconds_total\{ModelName="([^"]*)",.*\} (\S+)$', re.MULTILINE)
 PAUSE = 1.0
 # Whatever proxy the environment names, this machine is reached directly.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -65,7 +65,7 @@ def problem(port: int, model: str, seconds: float) -> str:
 
 
 def finished(port: int, model: str) -> float:
-    """How many clips a model's workers have made."""
+    """How many seconds of clips a model's workers have made."""
     report = fetch(f"http://127.0.0.1:{port + 2}/metrics").decode()
     return sum(float(value) for name, value in FINISHED.findall(report) if name == model)
 

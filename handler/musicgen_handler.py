@@ -43,6 +43,9 @@ _EXPLAINED = (SettingsError, EngineUnavailableError, OSError)
 """Errors whose first line tells a person what is wrong."""
 
 
+DRAINING = "this worker is about to stop and takes no more; try again"
+
+
 class MusicGenHandler:
     """One variant: a request goes through preprocess, inference and postprocess, many requests side by side.
 
@@ -138,6 +141,9 @@ class MusicGenHandler:
         question = await self.preprocess(row, exchange)
         match question:
             case DescriptionQuestion():
+                # Routers look whether a description comes: one that drains is not to be chosen.
+                if self.drain.requested and not exchange.is_model_description:
+                    raise EngineUnavailableError(DRAINING)
                 await exchange.send(json_reply(self.describe()))
             case ModelsQuestion():
                 await exchange.send(json_reply(models_list(self.variant, self.loaded)))
@@ -145,7 +151,7 @@ class MusicGenHandler:
                 await exchange.send(await self.cancel(request_id))
             case ClipQuestion(request):
                 if self.drain.requested:
-                    raise EngineUnavailableError("this worker is about to stop and takes no more; try again")
+                    raise EngineUnavailableError(DRAINING)
                 if request.streams:
                     exchange.require_streams()
                 self.engine.require_place()

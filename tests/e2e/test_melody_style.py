@@ -267,6 +267,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.faults
 def test_hostile_audio_is_refused_naming_its_field_and_disturbs_nobody(wav_server: Server, kind: str) -> None:
     data = HOSTILE[kind]()
     asked = [("melody", "melody"), ("melody", "continuation"), ("style", "style")]
@@ -290,6 +291,7 @@ def test_two_kinds_of_audio_at_once_are_refused(wav_server: Server) -> None:
         assert error_of(response)["field"] == field
 
 
+@pytest.mark.faults
 def test_audio_larger_than_the_bound_is_refused(wav_server: Server) -> None:
     response = upload(wav_server, "melody", {}, melody=wav_header(2**24) + bytes(2**25))
     assert response.status_code == 400
@@ -297,6 +299,7 @@ def test_audio_larger_than_the_bound_is_refused(wav_server: Server) -> None:
     assert str(32 * MEBIBYTE) in error_of(response)["message"]
 
 
+@pytest.mark.faults
 def test_hostile_audio_leaves_the_worker_s_memory_as_it_was(wav_server: Server) -> None:
     def worker_bytes() -> int:
         [status] = requests.get(f"{wav_server.management}/models/melody", timeout=TIMEOUT).json()

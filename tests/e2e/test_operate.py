@@ -26,6 +26,8 @@ from archive_scripts.run_folder import RunFolder, find_server
 from archive_scripts.workload import Workload
 from tests.e2e.conftest import GOLDENS, Server, free_ports
 
+pytestmark = pytest.mark.faults
+
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = 3
 
@@ -133,7 +135,6 @@ def serving(folder: Path, port: int, *arguments: str) -> Iterator[subprocess.Pop
         process.communicate(timeout=60)
 
 
-@pytest.mark.faults
 def test_on_a_stop_signal_what_was_accepted_is_finished_and_what_is_new_refused(
     songs: list[Path], tmp_path: Path
 ) -> None:

@@ -94,6 +94,20 @@ def test_the_commands_that_are_not_run_are_well_formed(block: Block) -> None:
             assert build_parser().parse_args(arguments[2:]).command == arguments[2]
 
 
+def test_every_command_of_ours_in_any_text_is_one_that_there_is() -> None:
+    texts = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "deploy").glob("*.md")))]
+    commands = [
+        shlex.split(line.partition("archive_scripts ")[2], comments=True)
+        for text in texts
+        for _, _, block in FENCE.findall(text)
+        for line in block.splitlines()
+        if line.strip().startswith("python -m archive_scripts ")
+    ]
+    assert len(commands) > 15
+    for command in commands:
+        build_parser().parse_args(command)
+
+
 def test_the_curl_line_is_the_one_that_make_serve_prints() -> None:
     assert curl_line("http://127.0.0.1:8080", "debug", open_profile=True) in README.splitlines()
 

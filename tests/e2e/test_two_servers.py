@@ -26,6 +26,8 @@ from archive_scripts.server import TorchServe
 from tests.e2e.conftest import GOLDENS, STARTUP_SECONDS, free_ports
 from tests.haproxy import haproxy
 
+pytestmark = pytest.mark.faults
+
 NAMES = ("one", "two")
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120
@@ -198,7 +200,6 @@ def test_a_request_that_one_server_is_too_full_for_is_made_by_the_other(site: Si
         assert sorted(filler.result().status for filler in fill) == [503] + [504] * (RUNNING + WAITING)
 
 
-@pytest.mark.faults
 def test_when_a_server_is_killed_under_load_no_request_fails_and_its_streams_end_short(site: Site) -> None:
     assert canary(site, "one") == (0, "every model makes music\n")
     streams: list[dict[str, Any]] = [

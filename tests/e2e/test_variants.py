@@ -78,6 +78,7 @@ def test_its_archive_is_whole_and_rebuilds(archives: dict[str, Path], name: str)
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0])
+@pytest.mark.faults
 def test_nothing_can_be_reached_from_where_they_are_served(asked: Asked, group: list[str]) -> None:
     _, report = asked(group)
     assert report["elsewhere"] == "Network is unreachable" or report["offline_by"] == "closed proxies"

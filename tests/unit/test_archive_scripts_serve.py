@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -204,6 +205,35 @@ def test_the_operator_s_device_and_dtype_go_before_the_archive_s(
     chosen = Settings.from_model_config(archive, handler_settings(device, dtype).get(OVERRIDES))
     assert (chosen.device, chosen.dtype) == settings
     assert chosen.max_queue == 3
+
+
+def test_the_operator_s_other_settings_stay_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OVERRIDES, '{"max_concurrency": 16, "dtype": "bfloat16"}')
+    assert json.loads(handler_settings("cpu", "float32")[OVERRIDES]) == {
+        "max_concurrency": 16,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    monkeypatch.setenv(OVERRIDES, "[")
+    with pytest.raises(CommandError, match="must be a JSON object"):
+        handler_settings("cpu", None)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("grpc_inference_address=0.0.0.0", "must be loopback"),
+        ("grpc_management_address=0.0.0.0", "must be loopback"),
+        ("management_address=http://0.0.0.0:8081", "must be loopback"),
+        ("inference_address=https://127.0.0.1:8443", "must begin with http://"),
+    ],
+)
+def test_the_open_profile_is_refused_whatever_address_is_not_loopback(tmp_path: Path, line: str, error: str) -> None:
+    config = tmp_path / "config.properties"
+    config.write_text(f"{CONFIG.read_text()}\n{line}\n")
+    with pytest.raises(CommandError, match=error):
+        TorchServe([], free_port(), open_profile=True, config=config)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from handler.registry import VARIANTS
 from handler.settings import Settings
 from tests.haproxy import complaints
 
+pytestmark = pytest.mark.faults
+
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 KUBERNETES = ("1.30", "1.37")  # the first with a sleep before a container's end, and the newest with schemas
@@ -295,8 +297,12 @@ class FakeServer:
         if isinstance(what, str):
             self.finished += self.finishing
             return "".join(
-                f'musicgen_requests_total{{ModelName="{name}",Worker="7",Outcome="{outcome}",Hostname="x",}} {count}\n'
-                for name, outcome, count in (("small", "ok", self.finished), ("small", "busy", 9), ("other", "ok", 5))
+                f'musicgen_{metric}_total{{ModelName="{name}",Worker="7",Hostname="x",}} {count}\n'
+                for name, metric, count in (
+                    ("small", "audio_seconds", 0.1 * self.finished),
+                    ("small", "requests", 5 * self.finished),
+                    ("other", "audio_seconds", 5),
+                )
             ).encode()
         if isinstance(self.answer, bytes):
             return self.answer

@@ -367,7 +367,8 @@ def test_a_draining_worker_takes_no_more_and_says_when_to_come_back(tmp_path: Pa
     message = handled(handler, {"body": {}}, JSON)
     assert (message.status, message.headers["retry-after"]) == (503, "5")
     assert not engine.jobs
-    assert handled(handler, {"body": b""}, HTTP).status == 200
+    assert handled(handler, {"body": b""}, HTTP).status == 503  # a router that asks sends it nothing more
+    assert handled(handler, {}, {"describe": "True"}).status == 200
 
 
 def test_a_stream_over_grpc_is_refused_in_one_message() -> None:

@@ -22,6 +22,8 @@ from handler.reply import clip_reply, error_reply, json_reply
 from handler.request import GenerationRequest, Limits
 from handler.request_parser import MediaTypeError, RequestParser, UnknownPathError
 
+pytestmark = pytest.mark.faults
+
 PARSER = RequestParser(Limits(120.0, 600.0, 512, 1_000_000, 60.0, 50.0, 30.0))
 
 

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 import numpy as np
+import pytest
 import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,8 @@ from handler.question import CancelQuestion, ClipQuestion
 from handler.reply import error_reply
 from handler.request import ALIASES, GenerationRequest, Limits
 from handler.request_parser import CLIENT_ID, RequestParser
+
+pytestmark = pytest.mark.faults
 
 PARSERS = {
     "melody": RequestParser(Limits(120.0, 600.0, 512, 100_000, 10.0, 50.0, 30.0, "chroma")),

@@ -12,14 +12,14 @@ import pytest
 
 from archive_scripts.pack import pack
 
+pytestmark = pytest.mark.faults
+
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "tests" / "goldens"
 
 # Python runs this before anything else, in the engine's process too.
 SITECUSTOMIZE = """
 import os, sys
-
-pytestmark = pytest.mark.faults
 
 WATCHED = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.sendto",
            "socket.bind")
