@@ -23,8 +23,8 @@ from handler.musicgen import MusicGen
 DTYPES = {"cpu": ("float32", "bfloat16", "int8"), "cuda": ("float16", "bfloat16")}
 """Of ours, by kind of device; any that `MusicGen.get_pretrained` takes can be asked for."""
 
-PEER_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float16",)}
-"""Of the peer's; ratios are to the first."""
+PEER_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "float32")}
+"""Of the peer's; ratios are to the first, errors to float32's."""
 
 ROWS_OF_A_REQUEST = 2  # with guidance
 TURN_STEPS = 10
@@ -132,8 +132,8 @@ def measure(
         f"Reading memory: {bandwidth / 1e9:.1f} GB/s, the median of a reading in each turn. The limit is reading the "
         "weights once, as they are kept, and all cached keys and values of the step in the middle.",
         "Times the peer: the first line's mean time of as many requests, one after the other, over this line's.",
-        "Error of logits: root mean square of the difference to the first line's, over that of its logits, on "
-        f"{CHECKED_STEPS} random tokens.",
+        "Error of logits: root mean square of the difference to the first line's in float32, over that of its logits, "
+        f"on {CHECKED_STEPS} random tokens.",
     ]
     if machine.kind(device) == "cpu" and "float32" in dtypes:
         values = sum(weight.numel() for weight in Ours(models[dtypes.index("float32")], 1, seconds).step_weights())
@@ -154,10 +154,11 @@ def _ours(ours: Ours, dtype: str) -> Side:
 
 
 def _errors(sides: Sequence[Side], conditions: FusedConditions, model: MusicGen) -> list[float | None]:
-    """The relative error of each side's logits against those of the first."""
+    """The relative error of each side's logits against those of the first in float32, or of the first."""
     generator = torch.Generator().manual_seed(0)
     sequence = torch.randint(model.lm.card, (model.lm.num_codebooks, CHECKED_STEPS), generator=generator)  # [K, S]
-    reference = sides[0].logits(sequence, conditions)  # [R, S, K, card]
+    exact = next((side for side in sides if side.dtype == "float32"), sides[0])
+    reference = exact.logits(sequence, conditions).float()  # [R, S, K, card]
     return [float((side.logits(sequence, conditions) - reference).norm() / reference.norm()) for side in sides]
 
 

@@ -10,6 +10,7 @@ from benchmarks.weights import bytes_of, tensors_of
 from handler.lm.attention import KVCache
 from handler.lm.conditions import FusedConditions
 from handler.lm.decoder import Decoder, Window
+from handler.lm.static_step import decoder_for
 from handler.musicgen import MusicGen
 from handler.params import Clip, GenerationParams
 
@@ -24,13 +25,26 @@ class Ours:
     requests: int
     seconds: float
     decoder: Decoder | None = None
+    cross_bytes: int = 0
 
     def begin(self) -> None:
         """Lets all requests in, which takes the first step of each."""
         windows = [self._window(seed) for seed in range(self.requests)]
         first = windows[0]
         rows = sum(window.rows for window in windows)
-        self.decoder = Decoder(self.model.lm, self.requests, rows, first.positions, first.sequence.shape[1])
+        sources = [group.cross.shape[1] for window in windows for group in window.conditions if group.cross is not None]
+        self.decoder = decoder_for(
+            self.model.lm,
+            self.requests,
+            rows,
+            first.positions,
+            first.sequence.shape[1],
+            max(sources, default=0),
+            self.model.fuser.adds,
+        )
+        self.cross_bytes = bytes_of(
+            tensors_of([self.model.lm.cross_keys_values(group) for window in windows for group in window.conditions])
+        )
         for window in windows:
             self.decoder.join(window)
 
@@ -47,9 +61,7 @@ class Ours:
         prefix = window.positions + 1 - window.sequence.shape[1]
         position = prefix + round(self.seconds * self.model.frame_rate / 2)
         past = KVCache.row_bytes(lm.config, position, lm.device, lm.dtype) * self.requests * window.rows
-        return (
-            bytes_of(self.step_weights()) + past + bytes_of(tensors_of([slot.crosses for slot in self.decoder.slots]))
-        )
+        return bytes_of(self.step_weights()) + past + self.cross_bytes
 
     def step_weights(self) -> list[Tensor]:
         """The weights that a step reads.

@@ -499,8 +499,11 @@ class MusicGen:
 
 
 def serving_device(device: str | torch.device | None) -> torch.device:
-    """The device to run on: the one asked for, else cuda where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device to run on: the one asked for, else cuda where there is one; of GPUs always which one."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def serving_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -54,7 +54,8 @@ class StreamingDecoder:
             raise ValueError(f"the codes of a chunk must have shape [codebooks, frames], got {list(codes.shape)}")
         if codes.shape[1]:
             codes = codes[None]  # [1, K, n]
-            self._model.check_codes(codes)
+            self._model.check_codes(codes)  # where they are: on a GPU it would have to wait for the answer
+            codes = codes.to(next(self._model.parameters()).device)
             self._codes = codes if self._codes is None else torch.cat([self._codes, codes], 2)
         return self._decode(last=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +31,19 @@ class CudaCapture:
         # Other threads may use the GPU meanwhile (they encode conditions), and must not spoil this capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             run()
-        return graph.replay
+
+        return _Replay(graph, run)
+
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """A graph, and what was captured in it: that owns tensors which the graph reads and does not hold."""
+
+    graph: torch.cuda.CUDAGraph
+    captured: Run
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 class Addresses:

@@ -6,7 +6,9 @@ host only writes which rows take part, when that changes, and waits for the devi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -20,6 +22,8 @@ from handler.lm.graphs import Addresses, CudaCapture, Run
 from handler.lm.model import LanguageModel
 from handler.lm.sampling import draw, guide
 from handler.lm.step_state import Plan, RequestSettings, StepState
+
+logger = logging.getLogger(__name__)
 
 
 class StaticDecoder(Decoder):
@@ -88,17 +92,30 @@ class StaticDecoder(Decoder):
         self.buckets = [rows] if deterministic else bucket_sizes(rows)
         self._running: list[Slot] = []  # those the plan holds
         self._addresses = Addresses(self._written())
-        kernel = attention_kernel(device) if kernel is None else kernel
-        fused = fused_step(lm, kernel) if fused is None else fused
-        self._steps: dict[int, Run] = {}
-        capture = CudaCapture(device) if cuda_graphs and device.type == "cuda" else None
-        for bucket in self.buckets:
-            if fused is not None and bucket <= fused.most_rows:
-                run: Run = fused.bound_to(self.state, bucket)
-            else:
-                run = partial(plain_step, lm, kernel, self.state, bucket)
-            with torch.inference_mode():
-                self._steps[bucket] = run if capture is None else capture(run)
+        # Triton launches on the current device, whatever device its tensors are on.
+        self._on_device: AbstractContextManager[None] = (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        )
+        with self._on_device, torch.inference_mode():
+            kernel = attention_kernel(device) if kernel is None else kernel
+            fused = fused_step(lm, kernel) if fused is None else fused
+            capture = CudaCapture(device) if cuda_graphs and device.type == "cuda" else None
+            self._steps = {bucket: self._prepared(bucket, kernel, fused, capture) for bucket in self.buckets}
+
+    def _prepared(
+        self, bucket: int, kernel: AttentionKernel, fused: FusedStep | None, capture: CudaCapture | None
+    ) -> Run:
+        """The step of a bucket: fused if it has few rows and that can be captured, else plain."""
+        if fused is not None and bucket <= fused.most_rows:
+            run = fused.bound_to(self.state, bucket)
+            try:
+                return run if capture is None else capture(run)
+            except Exception:
+                logger.exception(
+                    "the fused decode step of %d rows cannot be captured; the plain one takes longer", bucket
+                )
+        plain = partial(plain_step, self.lm, kernel, self.state, bucket)
+        return plain if capture is None else capture(plain)
 
     def join(self, window: Window) -> Slot:
         """Prefills a window and samples its first token.
@@ -123,7 +140,8 @@ class StaticDecoder(Decoder):
             self.state.plan.write(active)
             self._running = active
         rows = sum(len(slot.rows) for slot in active)
-        self._steps[next(bucket for bucket in self.buckets if bucket >= rows)]()
+        with self._on_device:
+            self._steps[next(bucket for bucket in self.buckets if bucket >= rows)]()
         for slot in active:
             slot.step += 1
 
