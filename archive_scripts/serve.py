@@ -15,6 +15,7 @@ from archive_scripts.machine import gpu_count, thread_share
 from archive_scripts.members import is_archive, model_name
 from archive_scripts.pack import pack_if_needed
 from archive_scripts.server import TorchServe
+from archive_scripts.verify import require_whole_checkpoint
 from handler.settings import OVERRIDES
 
 HELP = "serve variants on this machine"
@@ -123,10 +124,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def find_archive(variant: str, model_store: Path) -> Path:
-    """The archive of a variant, packed if it is not in the model store; or the archive that was named."""
-    if is_archive(Path(variant)):
-        return Path(variant).resolve()
-    return pack_if_needed(variant, model_store).resolve()
+    """The archive of a variant, packed if it is not in the model store; or the archive that was named.
+
+    Raises:
+        CommandError: it cannot be packed, or is a folder whose checkpoint is not whole.
+    """
+    named = is_archive(Path(variant))
+    archive = Path(variant).resolve() if named else pack_if_needed(variant, model_store).resolve()
+    if archive.is_dir():
+        require_whole_checkpoint(archive)
+    return archive
 
 
 def handler_settings(device: str | None, dtype: str | None) -> dict[str, str]:

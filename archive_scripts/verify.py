@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +23,7 @@ from archive_scripts.archive import (
     OTHER_SUMS,
     TORCHSERVE_SETTINGS,
 )
+from archive_scripts.errors import CommandError
 from archive_scripts.files import parse_sums, progress, read_sha256, require_space
 from archive_scripts.members import MANIFEST, Archive, open_archive
 from archive_scripts.needs import needed_auxiliaries
@@ -99,6 +100,22 @@ def verify(path: Path, rebuild: bool = True) -> Iterator[tuple[str, list[str]]]:
                 yield from _rebuilt(folder / CHECKPOINT)
 
 
+def require_whole_checkpoint(folder: Path) -> None:
+    """Checks the checkpoint in the folder of an archive; that of a `.mar` is checked as it is unpacked. The rest may be
+    changed by its owner.
+
+    Raises:
+        CommandError: a file is missing, or not as it was packed.
+    """
+    with open_archive(folder) as archive:
+        try:
+            recorded = parse_sums(archive.read_text(CHECKPOINT_SUMS))
+        except (ValueError, KeyError, OSError) as error:
+            raise CommandError(f"{folder}: {CHECKPOINT_SUMS} cannot be read ({error}); pack it again") from error
+        if found := _differences(archive, {CHECKPOINT + file: digest for file, digest in recorded.items()}):
+            raise CommandError(f"{folder}: {found[0]}; pack it again")
+
+
 def _wrong_paths(archive: Archive) -> list[str]:
     found, seen = [], set()
     for member in archive.members:
@@ -137,10 +154,17 @@ def _wrong_sums(archive: Archive) -> list[str]:
     if found:
         return found
     present = {member.path for member in archive.members} - {CHECKPOINT_SUMS, OTHER_SUMS}
-    found += [f"{path} is missing" for path in sorted(sums.keys() - present)]
     found += [f"{path} has no checksum: it was not packed with the others" for path in sorted(present - sums.keys())]
-    with progress("checksums", archive.total_bytes) as bar:
-        for path in sorted(present & sums.keys()):
+    return found + _differences(archive, sums)
+
+
+def _differences(archive: Archive, sums: Mapping[str, str]) -> list[str]:
+    """What is wrong with the files that these are the checksums of."""
+    sizes = {member.path: member.size for member in archive.members}
+    found = [f"{path} is missing" for path in sorted(sums.keys() - sizes.keys())]
+    present = sorted(sizes.keys() & sums.keys())
+    with progress("checksums", sum(sizes[path] for path in present)) as bar:
+        for path in present:
             try:
                 with archive.open(path) as file:
                     digest = read_sha256(file, bar)

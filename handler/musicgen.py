@@ -510,11 +510,11 @@ def serving_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     """The dtype of the language model's weights: the one asked for, else float16 on a GPU and float32 on a CPU.
 
     Raises:
-        ValueError: for one that is not served; int8 is for a CPU.
+        ValueError: for one that is not served. int8 is for a CPU; float16 is not: products in it are slow there, and
+            their bits depend on who else runs, while float32 keeps its weights in float16 anyway.
     """
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
-    if device.type != "cpu":
-        del choices["int8"]
+    del choices["float16" if device.type == "cpu" else "int8"]
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.float16
     named = choices.get(dtype) if isinstance(dtype, str) else dtype

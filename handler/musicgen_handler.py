@@ -115,8 +115,12 @@ class MusicGenHandler:
 
     async def handle(self, data: list[Mapping[str, Any]], context: Context) -> list[bytes]:
         """Answer one request (TorchServe's batch of one); every reply is sent from here, errors included."""
-        with self.metrics.in_flight():
-            await self._handle(data[0], Exchange(data[0], context))
+        try:
+            with self.metrics.in_flight():
+                await self._handle(data[0], Exchange(data[0], context))
+        except BaseException:
+            # TorchServe would end every other request with it.
+            logger.exception("a request could not be answered")
         return [SENT]
 
     async def _handle(self, row: Mapping[str, Any], exchange: Exchange) -> None:

@@ -25,7 +25,8 @@ class Settings(BaseModel):
     """`cpu`, `cuda` or `cuda:N`; default: the GPU TorchServe assigns to the worker, else `cpu`."""
 
     dtype: Literal["float32", "float16", "bfloat16", "int8"] | None = None
-    """The language model's number format; default: float16 on a GPU, float32 on a CPU. `int8` is for CPUs."""
+    """The language model's number format; default: float16 on a GPU, float32 on a CPU. float16 is for GPUs, int8 for
+    CPUs."""
 
     max_duration: float = Field(default=120.0, gt=0, le=3600, allow_inf_nan=False)
     """The longest clip a request may ask for, in seconds (beyond the model's own 30 s: windows)."""

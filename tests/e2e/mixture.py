@@ -22,6 +22,7 @@ STEERING: list[dict[str, Any]] = [
     {"use_sampling": False},
     {"top_p": 0.9, "temperature": 1.3},
     {"top_k": 5, "cfg_coef": 5},
+    {"cfg_coef_beta": 2},  # three rows
 ]
 LEVELS = ["loudness", "peak", "rms", "clip", "none"]
 

@@ -209,6 +209,18 @@ def test_a_corrupt_archive_is_refused_with_its_name(archives: list[Path], tmp_pa
             server.wait_until_loaded(name, STARTUP_SECONDS)
 
 
+def test_a_folder_whose_checkpoint_was_damaged_is_not_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = pack(str(GOLDENS / "text_mono"), "tiny", tmp_path, hub_dir=GOLDENS / "hub", archive_format="no-archive")
+    weights = archive / "checkpoint" / "state_dict.bin"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    assert main(["serve", str(archive), "--port", str(free_ports(3))]) == 2
+    assert "checkpoint/state_dict.bin is damaged or was changed after packing" in capsys.readouterr().err
+
+
 def test_a_model_that_its_memory_budget_cannot_hold_is_refused_with_the_numbers(tmp_path: Path) -> None:
     archive = pack(
         str(GOLDENS / "text_mono"), "tiny", tmp_path, hub_dir=GOLDENS / "hub", handler={"memory_budget": 2**20}
