@@ -184,7 +184,7 @@ class Engine:
             suspect = ticket.deaths > 0
             ticket.held = any(other.alone or (suspect and other.deaths > 0) for other in beside)
         if not ticket.held:
-            self._send(replace(ticket.job, id=key))
+            self._send(replace(ticket.job, id=key, arrival=int(key)))
 
     def _submit_held(self) -> None:
         """Gives the process what no longer has to be held back; those that run alone go first."""

@@ -69,6 +69,7 @@ class Job:
         params: how to generate; `params.seed` is set.
         stream: audio is sent on as it comes, so it cannot be taken back if the engine dies.
         deadline: on `time.monotonic`'s clock, when the job is given up.
+        arrival: orders jobs, whenever they are given to a process: one that is run again keeps its place.
     """
 
     id: str
@@ -76,6 +77,7 @@ class Job:
     params: GenerationParams
     stream: bool = False
     deadline: float = math.inf
+    arrival: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import insort
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -145,7 +146,7 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         """Takes a job in; its events follow."""
         request = _Request(job, StreamingDecoder(self.model.compression_model))
-        self._requests.append(request)
+        insort(self._requests, request, key=lambda known: known.job.arrival)
         self._prepare(request, self._preparers, lambda: self._start(job))
 
     def cancel(self, job_id: str) -> None:

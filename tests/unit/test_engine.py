@@ -129,7 +129,7 @@ def kill_each_life() -> Callable[[Event], None]:
 
 def test_a_running_request_is_run_again_after_a_death_and_a_waiting_one_still_runs(engine: Engine) -> None:
     async def run() -> None:
-        jobs = [job(f"j{i}", 2.0, seed=i) for i in range(6)]
+        jobs = [job(f"j{i}", 2.0 if i else 10.0, seed=i) for i in range(6)]
         expected = [wav_of(await events_of(engine, wanted)) for wanted in jobs]
         outcomes = await asyncio.gather(
             events_of(engine, jobs[0], kill_once(Progress)), *(events_of(engine, wanted) for wanted in jobs[1:])
@@ -142,7 +142,7 @@ def test_a_running_request_is_run_again_after_a_death_and_a_waiting_one_still_ru
 
 
 def test_a_request_that_runs_at_two_deaths_is_given_up(engine: Engine) -> None:
-    error = error_of(asyncio.run(events_of(engine, job("poison", 5.0), kill_each_life())))
+    error = error_of(asyncio.run(events_of(engine, job("poison", 30.0), kill_each_life())))
     assert isinstance(error, EngineDiedError)
     assert "twice" in str(error)
 
@@ -152,7 +152,7 @@ def test_a_request_that_kills_the_engine_costs_the_others_beside_it_only_time(en
         beside = [job(f"b{i}", 1.0, seed=i) for i in range(3)]
         expected = [wav_of(await events_of(engine, wanted)) for wanted in beside]
         poison, *others = await asyncio.gather(
-            events_of(engine, job("poison", 5.0), kill_each_life()), *(events_of(engine, wanted) for wanted in beside)
+            events_of(engine, job("poison", 30.0), kill_each_life()), *(events_of(engine, wanted) for wanted in beside)
         )
         assert isinstance(error_of(poison), EngineDiedError)
         for events, wav in zip(others, expected, strict=True):
@@ -162,7 +162,7 @@ def test_a_request_that_kills_the_engine_costs_the_others_beside_it_only_time(en
 
 
 def test_a_stream_under_way_is_broken_off_and_not_begun_anew(engine: Engine) -> None:
-    events = asyncio.run(events_of(engine, job("stream", 10.0, stream=True), kill_once(Audio)))
+    events = asyncio.run(events_of(engine, job("stream", 30.0, stream=True), kill_once(Audio)))
     assert isinstance(error_of(events), EngineDiedError)
     assert not any(isinstance(event, Restarted) for event in events)
 
@@ -205,7 +205,7 @@ def test_what_keeps_a_new_process_from_starting_may_pass(engine: Engine, monkeyp
         spawn()
 
     monkeypatch.setattr(engine, "_spawn", spawn_soon)
-    wanted = job("kept", 1.0)
+    wanted = job("kept", 10.0)
     expected = wav_of(asyncio.run(events_of(engine, wanted)))
     np.testing.assert_array_equal(wav_of(asyncio.run(events_of(engine, wanted, kill_once(Progress)))), expected)
 
@@ -221,7 +221,7 @@ def test_while_there_is_no_process_requests_are_told_why_and_later_served(
         spawn()
 
     async def run() -> None:
-        lost = await events_of(engine, job("lost", 5.0), kill_once(Progress))
+        lost = await events_of(engine, job("lost", 30.0), kill_once(Progress))
         refused = await events_of(engine, job("refused"))
         for events in (lost, refused):
             error = error_of(events)

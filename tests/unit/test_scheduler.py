@@ -163,6 +163,16 @@ def test_nobody_overtakes_a_request_that_waits_for_three_rows(model: MusicGen) -
     assert stage.order == ["two", "three", "two more", "one"]
 
 
+def test_a_request_that_is_run_again_keeps_its_place(model: MusicGen) -> None:
+    stage = Stage(model, requests=1, rows=2)
+    first, second, third = (replace(job(name, 0.4), arrival=i) for i, name in enumerate(("first", "second", "third")))
+    stage.submit(job("running", 0.4), second, third)
+    stage.rounds(3)
+    stage.submit(first)
+    stage.finish("running", "first", "second", "third")
+    assert stage.order == ["running", "first", "second", "third"]
+
+
 def test_what_is_wrong_with_one_request_ends_only_that_one(model: MusicGen) -> None:
     stage = Stage(model)
     bad = Job("bad", Clip("jazz", continuation=torch.zeros(1, 99999), continuation_sample_rate=32000), MIXED[0].params)
