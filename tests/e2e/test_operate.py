@@ -30,6 +30,9 @@ pytestmark = pytest.mark.faults
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = 3
+LONG = 100
+"""Seconds of a clip that takes seconds to make."""
+LONG_BYTES = 2 * 32_000 * LONG
 
 
 class Traffic:
@@ -109,11 +112,13 @@ def test_a_version_replaces_another_under_load_and_a_worker_goes_without_one_fai
     assert traffic.statuses[200] > 15
 
     with ThreadPoolExecutor(4) as pool:
-        accepted = [pool.submit(server.post, "song", duration=10, seed=1, format="pcm") for _ in range(4)]
+        accepted = [pool.submit(server.post, "song", duration=LONG, seed=1, format="pcm") for _ in range(4)]
         in_flight(server.torchserve.running, 4)
         operate(server, "scale", "song", "1")
         operate(server, "unregister", "song")
-        assert [(reply.result().status_code, len(reply.result().content)) for reply in accepted] == [(200, 640_000)] * 4
+        assert [(reply.result().status_code, len(reply.result().content)) for reply in accepted] == [
+            (200, LONG_BYTES)
+        ] * 4
     assert server.post("song").status_code == 404
 
 
@@ -159,14 +164,14 @@ def test_on_a_stop_signal_what_was_accepted_is_finished_and_what_is_new_refused(
             return requests.post(url, json={"duration": seconds, "format": "pcm"}, headers=inference, timeout=120)
 
         with ThreadPoolExecutor(4) as pool:
-            accepted = [pool.submit(ask, 20) for _ in range(4)]
+            accepted = [pool.submit(ask, LONG) for _ in range(4)]
             in_flight(server, 4)
             process.send_signal(signal.SIGTERM)
             while (refused := ask(0.1)).status_code == 200:
                 time.sleep(0.02)
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "unavailable")
         assert [(reply.result().status_code, len(reply.result().content)) for reply in accepted] == [
-            (200, 2 * 640_000)
+            (200, LONG_BYTES)
         ] * 4
         assert process.wait(timeout=60) == 0
         assert not server.path.exists()
