@@ -30,7 +30,7 @@ pytestmark = pytest.mark.faults
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = 3
-LONG = 100
+LONG = 50
 """Seconds of a clip that takes seconds to make."""
 LONG_BYTES = 2 * 32_000 * LONG
 
