@@ -46,7 +46,10 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def archive_of(folder: Path, version: str) -> str:
-    """An archive, small, of which nothing but the manifest is there."""
+    """An archive, small, of which nothing but the manifest is there, and no weights."""
+    checkpoint = folder / "small" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "SHA256SUMS").touch()
     manifest = folder / "small" / MANIFEST
     manifest.parent.mkdir(parents=True)
     manifest.write_text(json.dumps({"model": {"modelName": "small", "modelVersion": version}}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -19,8 +18,6 @@ def kernels() -> dict[str, AttentionKernel]:
     """The plain way, and Triton's where it is installed (it comes with torch for GPUs), interpreted on a CPU."""
     found: dict[str, AttentionKernel] = {"masked": MaskedAttention()}
     if importlib.util.find_spec("triton") is not None:
-        if DEVICE.type == "cpu":
-            os.environ["TRITON_INTERPRET"] = "1"
         from handler.lm.triton_attention import TritonAttention
 
         found |= {f"triton_{n}_programs": TritonAttention(DEVICE, programs=n) for n in (1, 60)}

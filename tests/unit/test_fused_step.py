@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -25,8 +24,6 @@ from tests.unit.test_language_model import PREPEND, conditions_for, window_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-if HAS_TRITON and DEVICE.type == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "published": ({"dim": 48, "num_heads": 4, "card": 40}, {}),
