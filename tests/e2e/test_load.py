@@ -14,7 +14,7 @@ from tests.e2e.conftest import GOLDENS, Server, run_server
 from tests.e2e.mixture import mixture
 
 MEBIBYTE = 2**20
-LEAK = 40  # MiB
+LEAK = 30  # MiB
 
 pytestmark = [pytest.mark.load, pytest.mark.timeout(3600)]
 
@@ -22,7 +22,10 @@ pytestmark = [pytest.mark.load, pytest.mark.timeout(3600)]
 @pytest.fixture(scope="module")
 def melody_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     source, store = str(GOLDENS / "melody"), tmp_path_factory.mktemp("model-store")
-    yield from run_server([pack(source, name="melody", output=store, hub_dir=GOLDENS / "hub")])
+    with pytest.MonkeyPatch.context() as patch:
+        # A heap that is soon full: Java would otherwise take more and more before it looks for what it can let go.
+        patch.setenv("JAVA_TOOL_OPTIONS", "-Xmx128m -XX:+UseSerialGC")
+        yield from run_server([pack(source, name="melody", output=store, hub_dir=GOLDENS / "hub")])
 
 
 def test_each_of_64_requests_at_once_gets_the_bytes_it_gets_alone(melody_server: Server) -> None:
@@ -34,11 +37,10 @@ def test_each_of_64_requests_at_once_gets_the_bytes_it_gets_alone(melody_server:
 
 
 def test_memory_is_flat_over_a_thousand_requests(melody_server: Server) -> None:
-    """Once the first hundred are through, which is what is set up once.
+    """Once allocators have settled, which takes some hundred.
 
-    The other 900 bring 62 MiB of request bodies and take away as much audio, so whoever kept either would show. What
-    allocators and the JVM's collector make of it is less: measured, the worker ends 0 to 14 MiB above its first
-    hundred, the engine 8 below to 4 above, and the JVM 7 to 8 above, after 30 in between.
+    The second 500 bring 34 MiB of request bodies and take away as much audio, so whoever kept either would show. The
+    engine settles last: of 2,000 requests measured it took in 51 MiB with the first 700 and 1 with the rest.
     """
     engine = melody_server.engine("melody")
     [worker] = melody_server.workers("melody")
@@ -62,4 +64,4 @@ def test_memory_is_flat_over_a_thousand_requests(melody_server: Server) -> None:
     for name, process in processes.items():
         assert isinstance(process, psutil.Process)
         assert process.is_running()
-        assert history[-1][name] - history[0][name] < LEAK, name
+        assert history[-1][name] - history[4][name] < LEAK, name
