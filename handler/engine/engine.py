@@ -290,7 +290,7 @@ class Engine:
             process.join(_GRACE)
             logger.error("the engine's process died (%s); %d requests are with it", _ending(process), len(tickets))
         suspects = [(key, ticket) for key, ticket in tickets if ticket.preparing or ticket.started]
-        # With none at work, it is what came last that it died of.
+        # With none at work it died of taking one in, and that can have been any it was given.
         suspects = suspects or [(key, ticket) for key, ticket in tickets if not ticket.held]
         for key, ticket in suspects:
             ticket.deaths += 1

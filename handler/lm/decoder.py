@@ -163,8 +163,8 @@ class Decoder:
         device = self.lm.device
         index = torch.tensor([slot.index for slot in active for _ in slot.rows], device=device)  # [N]
         step = torch.tensor([slot.step for slot in active for _ in slot.rows], device=device)  # [N]
-        where = torch.tensor(positions, device=device)  # [N]
-        attention = StepAttention(self.lm.config, self.cache, spans, where, crosses, self._null_values)
+        position_of = torch.tensor(positions, device=device)  # [N]
+        attention = StepAttention(self.lm.config, self.cache, spans, position_of, crosses, self._null_values)
         tokens = self.sequences[index, :, step]  # [N, K]
         self._sample(active, self.lm.step(tokens, _stacked(additives), attention))
 

@@ -31,7 +31,6 @@ class CudaCapture:
         # Other threads may use the GPU meanwhile (they encode conditions), and must not spoil this capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             run()
-
         return _Replay(graph, run)
 
 
