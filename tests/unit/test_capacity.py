@@ -24,7 +24,9 @@ from handler.registry import VARIANTS
 from tests.parity.models import load
 from tests.unit.test_scheduler import Stage
 
-PAGE = Path(__file__).resolve().parents[2] / "deploy" / "CAPACITY.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "deploy" / "CAPACITY.md"
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 SMALL = VARIANTS["small"]
 MILLION_A_DAY = 1_000_000 / (24 * 60)
 GOAL = Goal(utilisation=0.7, wait=1.0, late=0.01, spare=1)
@@ -62,6 +64,16 @@ def test_a_full_engine_takes_the_steps_that_the_model_says(model: MusicGen) -> N
     plan = plan_for(SMALL, Load(60, duration), Gpu(2 * places, 100.0), GOAL)
     assert plan.places == places
     assert rounds / 100.0 == pytest.approx(clips / plan.clips_per_second, rel=0.05)
+
+
+def test_the_time_of_clips_is_that_of_the_recorded_benchmark() -> None:
+    section = RESULTS.read_text(encoding="utf-8").partition("## small, cpu\n")[2].partition("\n## ")[0]
+    [line] = [line for line in section.splitlines() if line.startswith("| ours | float32 | 8 |")]
+    steps_per_second = float(line.split("|")[6])
+    [measured] = re.findall(r"\| 8 requests of 8 s, one after another .*\n\| the same together \| ([0-9.]+) s", section)
+    plan = plan_for(SMALL, Load(1, 8.0), Gpu(16, steps_per_second), GOAL)
+    assert plan.places == 8
+    assert plan.seconds == pytest.approx(float(measured), rel=0.2)  # without what comes before and after the steps
 
 
 def played(places: int, offered: float, wait: float, seconds: Callable[[random.Random], float]) -> float:
