@@ -12,6 +12,7 @@ from handler.engine.process import ModelSpec
 from handler.engine.scheduler import Capacity
 from handler.errors import CheckpointError
 from handler.lm.attention import KVCache
+from handler.lm.block_attention import whole_blocks
 from handler.lm.transformer import bytes_of_value
 from handler.musicgen import MusicGen, serving_device, serving_dtype
 
@@ -59,9 +60,10 @@ def capacity_for(model: MusicGen, spec: ModelSpec) -> Capacity:
     """
     steps = model.lm.pattern_provider.get(int(model.max_duration * model.frame_rate)).num_steps
     positions = steps + model.longest_prefix(spec.max_prompt_tokens)
-    # The cross-attention's keys and values: on a GPU in places of their own, on a CPU as they come.
-    beside = model.longest_condition(spec.max_prompt_tokens)
-    row_bytes = KVCache.row_bytes(model.lm.config, positions + beside, model.device, model.lm.dtype)
+    held = [positions, model.longest_condition(spec.max_prompt_tokens)]  # of the past, and of cross-attention
+    if model.device.type == "cpu":
+        held = [whole_blocks(length) for length in held]
+    row_bytes = KVCache.row_bytes(model.lm.config, sum(held), model.device, model.lm.dtype)
     budget = int(_free_memory(model.device) * _SHARE_OF_FREE_MEMORY[model.device.type])
     if spec.memory_budget is not None:
         budget = spec.memory_budget - model_bytes(spec)

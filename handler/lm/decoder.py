@@ -6,13 +6,15 @@ active row once; requests join and leave between steps. Nothing a request yields
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from handler.lm.attention import CrossKV, KVCache, Span, StepAttention
+from handler.lm.attention import CrossKV, KVCache
+from handler.lm.block_attention import BlockCache
 from handler.lm.conditions import FusedConditions
 from handler.lm.model import LanguageModel
 from handler.lm.sampling import Sampling, draw, guide, keep_top_k, keep_top_p
@@ -67,14 +69,12 @@ class Slot:
         index: its place in the per-request tensors.
         rows: its rows of the cache.
         window: what it generates.
-        crosses: for each group of rows the condition's keys and values.
         step: the newest step that holds a token.
     """
 
     index: int
     rows: range
     window: Window
-    crosses: list[CrossKV | None]
     step: int
 
     @property
@@ -82,25 +82,24 @@ class Slot:
         return self.step == self.window.sequence.shape[1] - 1
 
 
-class Decoder:
+class Decoder(ABC):
     """Runs windows together, exactly as each would run alone.
 
     Args:
         lm: the language model.
-        requests, rows: how many windows, and rows of all of them, can be under way at once.
-        positions: the longest row, prefix included.
-        steps: the longest sequence.
+        cache: for the keys and values of as many rows as windows under way can have together.
+        sequences: int64 `[requests, K, S]`, for the codes of as many windows as can be under way at once.
+        draws: float32 `[requests, S, K]`, for their uniform numbers.
+        condition_length: the longest cross-attention source there is room for.
     """
 
-    def __init__(self, lm: LanguageModel, requests: int, rows: int, positions: int, steps: int) -> None:
-        self.lm = lm
-        device = lm.device
-        self.cache = KVCache(lm.config, rows, positions, device, lm.dtype)
-        self.sequences = torch.empty(requests, lm.num_codebooks, steps, dtype=torch.long, device=device)
-        self.draws = torch.empty(requests, steps, lm.num_codebooks, device=device)
+    def __init__(
+        self, lm: LanguageModel, cache: KVCache | BlockCache, sequences: Tensor, draws: Tensor, condition_length: int
+    ) -> None:
+        self.lm, self.cache, self.sequences, self.draws = lm, cache, sequences, draws
+        self.condition_length = condition_length
         self.slots: list[Slot] = []
-        self._null_values = lm.null_values()
-        self._free_rows = [True] * rows
+        self._free_rows = [True] * cache.keys.shape[1]
 
     def has_room(self, window: Window) -> bool:
         """Whether `join` would find a place for a window now."""
@@ -115,8 +114,11 @@ class Decoder:
 
         Raises:
             MemoryError: when no place is left for it.
+            ValueError: when it has conditions that this decoder was not made for.
         """
-        slot = Slot(self._free_index(), self._claim(window.rows), window, [], window.start - 1)
+        for group in window.conditions:
+            self._check(group)
+        slot = Slot(self._free_index(), self._claim(window.rows), window, window.start - 1)
         try:
             self._prefill(slot)
         except BaseException:
@@ -124,6 +126,18 @@ class Decoder:
             raise
         self.slots.append(slot)
         return slot
+
+    def _check(self, group: FusedConditions) -> None:
+        """Whether there is room for the conditions of some rows."""
+        if group.cross is not None and group.cross.shape[1] > self.condition_length:
+            raise ValueError(
+                f"a condition has {group.cross.shape[1]} vectors, and this decoder holds {self.condition_length}; "
+                "raise its `condition_length`"
+            )
+
+    @abstractmethod
+    def _take_in(self, first_row: int, group: FusedConditions, cross: CrossKV | None) -> None:
+        """Keeps what the steps of some rows, from a first row of the cache on, need of their conditions."""
 
     def _prefill(self, slot: Slot) -> None:
         window = slot.window
@@ -134,39 +148,15 @@ class Decoder:
         row, logits = slot.rows.start, []
         for group in window.conditions:
             cross = self.lm.cross_keys_values(group)
-            slot.crosses.append(cross)
+            self._take_in(row, group, cross)
             out = self.lm(prompt, group, cross, self.cache, row)  # [R, start, dim]
             logits.append(self.lm.logits(out[:, -1]))  # [R, K, card]
             row += group.rows
         self._sample([slot], torch.cat(logits))
 
+    @abstractmethod
     def step(self) -> None:
         """Generates one more token of every codebook of every window that is not done."""
-        active = [slot for slot in self.slots if not slot.done]
-        if not active:
-            return
-        spans: list[Span] = []
-        crosses: list[tuple[slice, CrossKV]] = []
-        positions: list[int] = []
-        additives: list[Tensor | None] = []
-        for slot in active:
-            row = slot.rows.start
-            for group, cross in zip(slot.window.conditions, slot.crosses, strict=True):
-                first, position = len(positions), group.prefix.shape[1] + slot.step
-                vectors = slice(first, first + group.rows)
-                spans.append(Span(vectors, slice(row, row + group.rows), position))
-                if cross is not None:
-                    crosses.append((slice(first, first + len(cross[0][0])), cross))
-                positions += [position] * group.rows
-                additives.append(None if group.additive is None else group.additive[:, slot.step])
-                row += group.rows
-        device = self.lm.device
-        index = torch.tensor([slot.index for slot in active for _ in slot.rows], device=device)  # [N]
-        step = torch.tensor([slot.step for slot in active for _ in slot.rows], device=device)  # [N]
-        position_of = torch.tensor(positions, device=device)  # [N]
-        attention = StepAttention(self.lm.config, self.cache, spans, position_of, crosses, self._null_values)
-        tokens = self.sequences[index, :, step]  # [N, K]
-        self._sample(active, self.lm.step(tokens, _stacked(additives), attention))
 
     def leave(self, slot: Slot) -> Tensor:
         """Frees a window's rows and gives its sequence, int64 `[K, S]`."""
@@ -249,9 +239,3 @@ def sample(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Te
         limited = torch.tensor([s.top_p > 0.0 for s in samplings], device=device)[:, None, None]
         keep &= ~limited | keep_top_p(weights, torch.tensor([float(s.top_p) for s in samplings], device=device))
     return torch.where(greedy[:, None], likeliest, draw(weights * keep, uniform))
-
-
-def _stacked(additives: Sequence[Tensor | None]) -> Tensor | None:
-    """One `[N, dim]` of the groups' additive conditions; a model has them for all its requests or for none."""
-    present = [additive for additive in additives if additive is not None]
-    return torch.cat(present) if present else None

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from handler.linear import Linear
 from handler.lm.attention import CrossKV, KVCache, PrefillAttention
+from handler.lm.block_attention import BlockCache
 from handler.lm.conditions import FusedConditions
 from handler.lm.patterns import PatternProvider
 from handler.lm.transformer import (
@@ -132,7 +133,7 @@ class LanguageModel(nn.Module):
         sequence: Tensor,
         conditions: FusedConditions,
         cross: CrossKV | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | BlockCache | None = None,
         first_row: int = 0,
     ) -> Tensor:
         """Runs whole sequences, each vector seeing those before it.

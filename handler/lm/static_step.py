@@ -7,14 +7,15 @@ host only writes which rows take part, when that changes, and waits for the devi
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from handler.lm.attention import CrossKV, KVCache
 from handler.lm.conditions import FusedConditions
+from handler.lm.cpu_step import CpuDecoder
 from handler.lm.decode_attention import AttentionKernel, CrossCache, StaticAttention, attention_kernel
 from handler.lm.decoder import UNKNOWN, Decoder, Slot, Window
 from handler.lm.fused_step import FusedStep, fused_step
@@ -67,28 +68,28 @@ class StaticDecoder(Decoder):
         kernel: AttentionKernel | None = None,
         fused: FusedStep | None = None,
     ) -> None:
-        super().__init__(lm, requests, rows, positions, steps)
         device, config = lm.device, lm.config
+        cache = KVCache(config, rows, positions, device, lm.dtype)
         cross: CrossCache | None = None
         if config.cross_attention:
             shape = (config.num_layers, rows, config.num_heads, condition_length, config.head_dim)
             cross = CrossCache(
-                keys=torch.zeros(shape, device=device, dtype=self.cache.keys.dtype),
-                values=torch.zeros(shape, device=device, dtype=self.cache.keys.dtype),
+                keys=torch.zeros(shape, device=device, dtype=cache.keys.dtype),
+                values=torch.zeros(shape, device=device, dtype=cache.keys.dtype),
                 lengths=torch.zeros(rows, dtype=torch.long, device=device),
-                null_values=torch.stack(self._null_values),
+                null_values=torch.stack(lm.null_values()),
             )
-        self.state = StepState(
+        self.state = state = StepState(
             sequences=torch.zeros(requests + 1, lm.num_codebooks, steps, dtype=torch.long, device=device),
             draws=torch.zeros(requests + 1, steps, lm.num_codebooks, device=device),
-            cache=self.cache,
+            cache=cache,
             offsets=torch.zeros(rows, dtype=torch.long, device=device),
             cross=cross,
             additive=torch.zeros(rows, steps, config.dim, device=device, dtype=lm.dtype) if additive else None,
             settings=RequestSettings(requests + 1, lm.card, device),
             plan=Plan(rows, requests, device),
         )
-        self.sequences, self.draws = self.state.sequences[:requests], self.state.draws[:requests]
+        super().__init__(lm, cache, state.sequences[:requests], state.draws[:requests], condition_length)
         self.buckets = [rows] if deterministic else bucket_sizes(rows)
         self._running: list[Slot] = []  # those the plan holds
         self._addresses = Addresses(self._written())
@@ -118,16 +119,9 @@ class StaticDecoder(Decoder):
         return plain if capture is None else capture(plain)
 
     def join(self, window: Window) -> Slot:
-        """Prefills a window and samples its first token.
-
-        Raises:
-            MemoryError: when no place is left for it.
-            ValueError: when it has conditions that this decoder was not made for.
-        """
-        self._check(window.conditions)
+        """Prefills a window and samples its first token; see `Decoder`."""
         slot = super().join(window)
-        self.state.write(slot)
-        slot.crosses = [None] * len(slot.crosses)  # the step reads their copies
+        self.state.settings.write(slot)
         return slot
 
     def step(self) -> None:
@@ -150,16 +144,13 @@ class StaticDecoder(Decoder):
         self.state.clear(slot)
         return super().leave(slot)
 
-    def _check(self, conditions: Sequence[FusedConditions]) -> None:
-        held = 0 if self.state.cross is None else self.state.cross.keys.shape[3]
-        for group in conditions:
-            if group.cross is not None and group.cross.shape[1] > held:
-                raise ValueError(
-                    f"a condition has {group.cross.shape[1]} vectors, and this decoder holds {held}; raise its "
-                    "`condition_length`"
-                )
-            if (group.additive is None) != (self.state.additive is None):
-                raise ValueError("`additive` must say whether the model adds conditions to the embedded codes")
+    def _check(self, group: FusedConditions) -> None:
+        super()._check(group)
+        if (group.additive is None) != (self.state.additive is None):
+            raise ValueError("`additive` must say whether the model adds conditions to the embedded codes")
+
+    def _take_in(self, first_row: int, group: FusedConditions, cross: CrossKV | None) -> None:
+        self.state.write(first_row, group, cross)
 
     def _written(self) -> dict[str, Tensor]:
         """What is written between steps, by name."""
@@ -185,7 +176,7 @@ def decoder_for(
 ) -> Decoder:
     """The decoder for the model's device; the arguments are those of `StaticDecoder`."""
     if lm.device.type != "cuda":
-        return Decoder(lm, requests, rows, positions, steps)
+        return CpuDecoder(lm, requests, rows, positions, steps, condition_length)
     return StaticDecoder(lm, requests, rows, positions, steps, condition_length, additive, deterministic, cuda_graphs)
 
 

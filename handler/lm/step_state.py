@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from handler.lm.attention import KVCache
+from handler.lm.attention import CrossKV, KVCache
+from handler.lm.conditions import FusedConditions
 from handler.lm.decode_attention import CrossCache
 from handler.lm.decoder import Slot
 
@@ -108,20 +109,16 @@ class StepState:
     settings: RequestSettings
     plan: Plan
 
-    def write(self, slot: Slot) -> None:
-        """Takes in a window that has just joined, its conditions' keys and values too."""
-        self.settings.write(slot)
-        row = slot.rows.start
-        for group, crosses in zip(slot.window.conditions, slot.crosses, strict=True):
-            rows = slice(row, row + group.rows)
-            self.offsets[rows] = group.prefix.shape[1]
-            if self.additive is not None and group.additive is not None:
-                self.additive[rows, : group.additive.shape[1]] = group.additive.to(self.additive)
-            if self.cross is not None:
-                self.cross.lengths[rows] = 0
-                if crosses is not None:
-                    self.cross.write(row, crosses)
-            row += group.rows
+    def write(self, first_row: int, group: FusedConditions, cross: CrossKV | None) -> None:
+        """Takes in the conditions of some rows that have just joined."""
+        rows = slice(first_row, first_row + group.rows)
+        self.offsets[rows] = group.prefix.shape[1]
+        if self.additive is not None and group.additive is not None:
+            self.additive[rows, : group.additive.shape[1]] = group.additive.to(self.additive)
+        if self.cross is not None:
+            self.cross.lengths[rows] = 0
+            if cross is not None:
+                self.cross.write(first_row, cross)
 
     def clear(self, slot: Slot) -> None:
         """Makes the rows of a window that leaves cheap to read, as they may fill places now."""

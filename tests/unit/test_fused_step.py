@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from handler import linear as linear_module
 from handler.builders import build_language_model
+from handler.lm.cpu_step import CpuDecoder
 from handler.lm.decoder import Decoder, Guidance, Slot, Window
 from handler.lm.fused_step import FusedStep, can_fuse, products_are_right
 from handler.lm.sampling import Sampling, uniform_draws
@@ -76,7 +77,7 @@ if HAS_TRITON:
         windows.append(replace(windows[0], conditions=[three], guidance=Guidance(3.0, 2.0)))
         kernel = TritonAttention(DEVICE, programs=200)
         decoder = StaticDecoder(lm, 4, 8, 30, 12, condition_length=6, kernel=kernel, fused=FusedStep(lm, kernel))
-        plain = Decoder(lm, 4, 8, 30, 12)
+        plain = CpuDecoder(lm, 4, 8, 30, 12, condition_length=6)
         for actual, expected in zip(finish(decoder, windows), finish(plain, windows), strict=True):
             assert torch.equal(actual, expected)
 
@@ -125,7 +126,7 @@ if HAS_TRITON:
         plan = Plan(count, count, DEVICE)
         window = Window(torch.full((codebooks, tries + 1), -1), 1, [], Guidance(), Sampling(), torch.empty(0))
         slots = [
-            Slot(i, range(i, i + 1), replace(window, sampling=sampling), [], 0) for i, sampling in enumerate(SAMPLINGS)
+            Slot(i, range(i, i + 1), replace(window, sampling=sampling), 0) for i, sampling in enumerate(SAMPLINGS)
         ]
         for slot in slots:
             settings.write(slot)

@@ -12,7 +12,8 @@ from torch import Tensor
 from handler.builders import build_fuser, build_language_model
 from handler.conditioners.fuser import Condition
 from handler.lm.conditions import FusedConditions
-from handler.lm.decoder import UNKNOWN, Decoder, Guidance, Window
+from handler.lm.cpu_step import CpuDecoder
+from handler.lm.decoder import UNKNOWN, Guidance, Window
 from handler.lm.model import LanguageModel
 from handler.lm.sampling import Sampling, uniform_draws
 from tests.checkpoints import lm_checkpoint, lm_config, lm_state
@@ -89,12 +90,14 @@ def with_rows(window: Window, rows: int) -> Window:
 
 
 def run(lm: LanguageModel, windows: list[Window]) -> list[Tensor]:
-    decoder = Decoder(
+    sources = [group.cross for window in windows for group in window.conditions if group.cross is not None]
+    decoder = CpuDecoder(
         lm,
         len(windows),
         sum(w.rows for w in windows),
         max(w.positions for w in windows),
         max(w.sequence.shape[1] for w in windows),
+        max((source.shape[1] for source in sources), default=0),
     )
     slots = [decoder.join(window) for window in windows]
     while not all(slot.done for slot in slots):

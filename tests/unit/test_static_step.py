@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from handler.lm.cpu_step import CpuDecoder
 from handler.lm.decoder import Decoder, Slot, Window
 from handler.lm.graphs import Addresses
 from handler.lm.model import LanguageModel
@@ -69,7 +70,7 @@ def finish(decoder: Decoder, slots: list[Slot]) -> list[Tensor]:
 
 
 def plain(lm: LanguageModel, windows: list[Window]) -> list[Tensor]:
-    decoder = Decoder(lm, REQUESTS, ROWS, POSITIONS, STEPS)
+    decoder = CpuDecoder(lm, REQUESTS, ROWS, POSITIONS, STEPS, longest_condition(windows))
     return finish(decoder, [decoder.join(window) for window in windows])
 
 
@@ -154,7 +155,7 @@ def test_a_condition_it_was_not_made_for_is_refused_by_name() -> None:
 
 def test_a_cpu_keeps_the_plain_decoder() -> None:
     lm, _, _ = built("published")
-    assert type(decoder_for(lm, 2, 4, 20, 20, condition_length=5)) is Decoder
+    assert type(decoder_for(lm, 2, 4, 20, 20, condition_length=5)) is CpuDecoder
 
 
 class HostLooks(TorchDispatchMode):
