@@ -56,7 +56,8 @@ class BlockAttention:
     Args:
         cache: where keys and values are.
         rows: the row of the cache of each query.
-        first, last: for each query the first and the last position that it sees, both included.
+        first, last: for each query the first and the last position that it sees, both included; with a last of -1 it
+            sees none, and its result is 0.
         repeat: heads of a query for each head of the cache.
     """
 
@@ -94,12 +95,11 @@ class BlockAttention:
     def over(self, layer: int, queries: Tensor) -> Tensor:
         """Scaled queries float32 `[N, H, head_dim]` -> `[N, H, head_dim]`."""
         keys, values = self._cache.key_tables[layer], self._cache.value_tables[layer]
-        factors = queries.flatten(0, 1)[self._queries]  # [M, head_dim]
+        factors = queries.flatten(0, 1).index_select(0, self._queries)  # [M, head_dim]
         scores = _bag_sums(keys, self._key_rows, self._key_offsets, factors).view(self._shape)
         weights = scores.masked_fill_(self._hidden, -torch.inf).softmax(dim=-1)  # [N, H, most * BLOCK]
-        return _bag_sums(values, self._value_rows, self._value_offsets, weights.view(-1, BLOCK)[self._bags]).view_as(
-            queries
-        )
+        factors = weights.view(-1, BLOCK).index_select(0, self._bags)  # [M, BLOCK]
+        return _bag_sums(values, self._value_rows, self._value_offsets, factors).view_as(queries)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

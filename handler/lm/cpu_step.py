@@ -113,12 +113,12 @@ class StepAttention:
         key = ((row * config.num_kv_heads + head) * past.blocks + block) * config.head_dim + dim
         self._new_keys = key * BLOCK + lane  # [N, H_kv, head_dim], places among a layer's numbers
         self._new_values = (row.flatten(), slice(None), self.positions)
-        conditional = [i for i, length in enumerate(condition_lengths) if length]
-        self._conditional = torch.tensor(conditional)
         self._cross: BlockAttention | None = None
-        if conditional:
-            last = [condition_lengths[i] - 1 for i in conditional]
-            self._cross = BlockAttention(condition, [rows[i] for i in conditional], [0] * len(last), last)
+        if any(condition_lengths):
+            last = [length - 1 for length in condition_lengths]
+            self._cross = BlockAttention(condition, rows, [0] * len(rows), last)
+        self._null = torch.tensor([length == 0 for length in condition_lengths])[:, None, None]  # [N, 1, 1]
+        self._null_is_zero = not config.bias_attn
 
     def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._past.key_tables[layer].put_(self._new_keys, k.float())
@@ -126,7 +126,7 @@ class StepAttention:
         return self._own.over(layer, q.float() * self._scale)
 
     def cross_attention(self, layer: int, q: Tensor) -> Tensor:
-        out = self.null_values[layer].float().expand_as(q).clone()  # [N, H, head_dim]
-        if self._cross is not None:
-            out[self._conditional] = self._cross.over(layer, q[self._conditional].float() * self._scale)
-        return out
+        if self._cross is None:
+            return self.null_values[layer].expand_as(q)
+        out = self._cross.over(layer, q.float() * self._scale)  # [N, H, head_dim]
+        return out if self._null_is_zero else torch.where(self._null, self.null_values[layer], out)
