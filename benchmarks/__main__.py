@@ -74,7 +74,7 @@ def _add_options(command: argparse.ArgumentParser, benchmarks: Sequence[str]) ->
     option("requests", ["serve"], "how many together (default: %(default)s)", type=int, default=8)
     option("duration", ["serve"], "seconds of each request (default: %(default)s)", type=float, default=8.0)
     repeats = "of clips, of loads, of requests to an idle engine (default: %(default)s)"
-    option("repeats", ["codec", "load", "serve"], repeats, type=int, default=3)
+    option("repeats", ["codec", "load", "serve"], repeats, type=int, default=5)
 
 
 if __name__ == "__main__":

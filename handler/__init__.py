@@ -6,4 +6,8 @@ import os
 # faster on a CPU; no page of 4 kB is worth looking up for each.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+# Read by glibc when the engine's process begins. It would give every thread an arena of its own, and what one has freed
+# no other uses: memory crept up for seven hundred requests. With two it is level after the first hundred.
+os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+
 __version__ = "0.1.0"

@@ -107,6 +107,16 @@ class PaddedConv1d(nn.Module):
         return self.conv(pad(x, self.left, self.right + fill, self.pad_mode))  # [B, out, ceil(T / stride)]
 
     @cached_property
+    def windows(self) -> Linear:
+        """The same as a product: the inputs that an output sees `[N, kernel * in]`, earliest first -> `[N, out]`.
+
+        It is made of the weights at its first use; they must not change or move any more. Only for a stride of 1 and
+        without a norm.
+        """
+        conv = self.conv.conv
+        return Linear(conv.weight.transpose(1, 2).flatten(1), conv.bias, conv.weight.device, conv.weight.dtype)
+
+    @cached_property
     def blocks(self) -> Linear:
         """The same as a product, without the bias: what a block of inputs `[N, block * in]` adds to the outputs of
         its own block and to those of the block before it, `[N, 2 * block * out]`. An output is of the block in which

@@ -128,6 +128,10 @@ def convolve(layer: PaddedConv1d, x: Tensor) -> Tensor:
     conv = layer.conv.conv
     if x.device.type == "cpu" and conv.out_channels <= _FEW_CHANNELS:
         return _convolve_blocks(layer, x)
+    if x.device.type == "cpu" and conv.weight.numel() > x.numel():
+        # Laying the weights out for a convolution, which oneDNN does in each call, would take longer than the rest.
+        windows = x.unfold(1, layer.span, 1)[..., :: conv.dilation[0]].mT  # [B, T - span + 1, kernel, in]
+        return layer.windows(windows.reshape(-1, layer.windows.in_features)).unflatten(0, windows.shape[:2])
     image = x.transpose(1, 2).unsqueeze(2)  # [B, in, 1, T], the channels last in memory
     y = F.conv2d(image, conv.weight.unsqueeze(2), conv.bias, dilation=(1, conv.dilation[0]))
     return y.squeeze(2).transpose(1, 2)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from bisect import insort
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from handler.compression.streaming import StreamingDecoder
+from handler.engine.codec import codec_executor
 from handler.engine.messages import Audio, Done, Event, Failed, Job, ModelError, Prepared, Preparing, Progress, Started
 from handler.errors import RequestError
 from handler.generation import Generation
@@ -63,6 +67,9 @@ class _Request:
     Attributes:
         steps: its decode steps so far.
         decoded: the frames given to its audio decoder so far.
+        speaking: what its audio decoder is still to be asked, or has done and nobody has looked at; in order.
+        finished: its last frame is among them.
+        gone: nobody wants what it has to say any more.
     """
 
     job: Job
@@ -73,6 +80,9 @@ class _Request:
     slot: Slot | None = None
     steps: int = 0
     decoded: int = 0
+    speaking: deque[Future[None]] = field(default_factory=deque)
+    finished: bool = False
+    gone: bool = False
 
 
 class Scheduler:
@@ -88,8 +98,9 @@ class Scheduler:
         capacity: what runs at once.
         chunk_frames: frames of one chunk of audio; the first is half of one, to be heard early.
         max_prompt_tokens: the longest description, in tokens of T5.
-        emit: where events go; called from the thread that calls `round`, and from those that prepare requests.
-        wake: called from another thread when a request's conditions are ready.
+        emit: where events go; called from the thread that calls `round`, those that prepare requests, and that which
+            decodes audio.
+        wake: called from any of them when `round` has something to do.
         deterministic, cuda_graphs: of the decode step on a GPU, see `StaticDecoder`.
     """
 
@@ -122,6 +133,7 @@ class Scheduler:
             cuda_graphs,
         )
         self._requests: list[_Request] = []  # by arrival
+        self._codec: Executor = codec_executor(model.device)
         self._preparers = _preparers(PREPARERS)
         # A request under way does not wait behind those that have not begun.
         self._followers = _preparers(1)
@@ -139,9 +151,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether `round` has anything to do before the next call of `wake`."""
-        return any(
-            _runs(r) or r.window is not None or (r.preparing is not None and r.preparing.done()) for r in self._requests
-        )
+        return any(_runs(r) or r.window is not None or any(f.done() for f in _pending(r)) for r in self._requests)
 
     def submit(self, job: Job) -> None:
         """Takes a job in; its events follow."""
@@ -203,8 +213,9 @@ class Scheduler:
             self._streams.put(stream)
 
     def _collect(self) -> None:
-        """Takes in what the preparers have done."""
+        """Takes in what the other threads have done."""
         for request in list(self._requests):
+            self._listen(request)
             if request.preparing is None or not request.preparing.done():
                 continue
             preparing, request.preparing = request.preparing, None
@@ -213,6 +224,14 @@ class Scheduler:
                 self._check_fits(window)
                 request.window = window
                 self.emit(request.job.id, Prepared())
+
+    def _listen(self, request: _Request) -> None:
+        """Takes in what has been said of a request, and lets it go after its last word."""
+        while request.speaking and request.speaking[0].done():
+            with self._contained(request):
+                request.speaking.popleft().result()
+        if request.finished and not request.speaking and not request.gone:
+            self._forget(request)
 
     def _check_fits(self, window: Window) -> None:
         if window.rows > self.capacity.rows:
@@ -270,16 +289,17 @@ class Scheduler:
             last = min(self._chunk_end(request), ready)
             codes = generation.read(self.decoder.sequence_of(slot), request.decoded, last)
             request.decoded = last
-            self._emit_audio(request, request.audio.push(codes))
+            self._say(request, partial(request.audio.push, codes))
         if request.steps % PROGRESS_STEPS == 0:
             self.emit(request.job.id, Progress(request.steps, generation.total_steps))
         if not slot.done:
             return
         generation.accept(self.decoder.sequence_of(slot))
         if generation.finished:
-            self._emit_audio(request, request.audio.finish())
-            self._forget(request)
-            self.emit(request.job.id, Done(generation.codes.numpy()))
+            self._leave(request)
+            request.finished = True
+            self._say(request, request.audio.finish, Done(generation.codes.numpy()))
+            self._listen(request)
         else:
             self._prepare(request, self._followers, lambda: generation)
 
@@ -289,12 +309,31 @@ class Scheduler:
         whole = max(0, request.decoded - half + self.chunk_frames) // self.chunk_frames
         return half + whole * self.chunk_frames
 
-    def _emit_audio(self, request: _Request, wav: Tensor) -> None:
-        if wav.shape[-1]:
-            self.emit(request.job.id, Audio(wav.float().cpu().numpy()))
+    def _say(self, request: _Request, decode: Callable[[], Tensor], last_word: Event | None = None) -> None:
+        """Hands out the next audio of a request, and then the event that ends it."""
+
+        @torch.inference_mode()
+        def work() -> None:
+            if request.gone:
+                return
+            try:
+                wav = decode()  # [channels, m]
+                if wav.shape[-1]:
+                    self.emit(request.job.id, Audio(wav.float().cpu().numpy()))
+                if last_word is not None:
+                    self.emit(request.job.id, last_word)
+            except BaseException:
+                request.gone = True  # what it was to say next would not fit what was said
+                raise
+
+        speaking = self._codec.submit(work)
+        request.speaking.append(speaking)
+        if not speaking.done():
+            speaking.add_done_callback(lambda _: self.wake())
 
     def _forget(self, request: _Request) -> None:
         self._requests.remove(request)
+        request.gone = True
         if request.preparing is not None:
             request.preparing.cancel()
         self._leave(request)
@@ -308,6 +347,11 @@ class Scheduler:
 def _runs(request: _Request) -> bool:
     """Whether the next decode step is one of this request."""
     return request.slot is not None and not request.slot.done
+
+
+def _pending(request: _Request) -> list[Future[Any]]:
+    """What other threads do for a request."""
+    return [*request.speaking, *([] if request.preparing is None else [request.preparing])]
 
 
 def _preparers(count: int) -> ThreadPoolExecutor:

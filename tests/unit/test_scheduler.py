@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -96,6 +98,59 @@ def test_a_clip_has_the_same_bits_whoever_joins_and_leaves_beside_it(model: Musi
     for name, wav in expected.items():
         np.testing.assert_array_equal(stage.wav(name), wav)
     assert not any(isinstance(event, Done) for event in stage.events.get("leaver", []))
+
+
+@pytest.fixture
+def codec_beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Audio is decoded in a thread, as on a GPU."""
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr("handler.engine.scheduler.codec_executor", lambda _: pool)
+        yield
+
+
+@pytest.mark.usefixtures("codec_beside")
+def test_audio_that_is_decoded_beside_the_steps_is_the_same_and_in_order(
+    model: MusicGen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(model)
+    stage.submit(*MIXED[:3], job("leaver", 30.0, 9))
+    stage.rounds(40)
+    stage.scheduler.cancel("leaver")
+    names = [wanted.id for wanted in MIXED[:3]]
+    stage.finish(*names)
+    monkeypatch.undo()
+    for wanted in MIXED[:3]:
+        np.testing.assert_array_equal(stage.wav(wanted.id), alone(model, wanted))
+        assert isinstance(stage.events[wanted.id][-1], Done)
+    assert not stage.scheduler.decoder.slots
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_a_clip_whose_audio_cannot_be_decoded_fails_alone(
+    model: MusicGen, threaded: bool, request: pytest.FixtureRequest
+) -> None:
+    if threaded:
+        request.getfixturevalue("codec_beside")
+    stage = Stage(model)
+    stage.submit(job("bad", 3.0), MIXED[0])
+    bad = next(each for each in stage.scheduler._requests if each.job.id == "bad")
+    pushes: list[int] = []
+
+    def fails_on_the_second(codes: torch.Tensor) -> torch.Tensor:
+        pushes.append(codes.shape[1])
+        if len(pushes) == 2:
+            raise WrongError(5, 6)
+        return torch.zeros(1, 7)
+
+    bad.audio.push = fails_on_the_second  # type: ignore[method-assign]
+    stage.finish("bad", "short")
+    failed = stage.events["bad"][-1]
+    assert isinstance(failed, Failed)
+    assert str(failed.error) == "WrongError: 5 6"
+    assert len(pushes) == 2
+    assert stage.wav("bad").shape[1] == 7
+    assert sum(event.wav.shape[1] for event in stage.events["short"] if isinstance(event, Audio)) == 16000
+    assert not stage.scheduler.decoder.slots
 
 
 def test_the_audio_is_that_of_the_offline_api(model: MusicGen) -> None:
