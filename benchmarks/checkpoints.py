@@ -56,23 +56,31 @@ _VERSION = 2
 """Of what is written; a checkpoint of another version is not used again."""
 
 
-def checkpoint_of(name: str) -> Path:
-    """The folder of a random checkpoint, written at the first call (minutes for the large ones)."""
+def checkpoint_of(name: str, wide: bool = False) -> Path:
+    """The folder of a random checkpoint, written at the first call (minutes for the large ones).
+
+    Args:
+        name: of `DIMS`.
+        wide: the language model in float32, with weights that float16 cannot hold; else in float16, as published.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "musicgen-benchmarks"
-    folder = cache / f"{name}-v{_VERSION}"
+    folder = cache / f"{name}{'-float32' if wide else ''}-v{_VERSION}"
     if not folder.is_dir():
         staged = cache / f".{folder.name}-{os.getpid()}"
         shutil.rmtree(staged, ignore_errors=True)
-        write_checkpoint(staged, DIMS[name])
+        write_checkpoint(staged, DIMS[name], wide)
         staged.rename(folder)
     return folder
 
 
-def write_checkpoint(folder: Path, dims: Dims) -> None:
+def write_checkpoint(folder: Path, dims: Dims, wide: bool = False) -> None:
     """Writes both checkpoint files and the auxiliary models, random but the same every time."""
     write_debug_checkpoint(folder)  # for its tokenizer
     generator = torch.Generator().manual_seed(0)
-    _export(folder / LM_FILE, _lm_state(dims, generator), _lm_config(dims))
+    state = _lm_state(dims, generator)
+    if not wide:
+        state = {name: value.half() for name, value in state.items()}
+    _export(folder / LM_FILE, state, _lm_config(dims))
     codec = _codec_config(dims)
     _export(folder / COMPRESSION_FILE, _codec_state(codec, generator), codec)
     _write_t5(folder / "hub" / "t5-base", dims)
@@ -120,7 +128,6 @@ def _lm_config(dims: Dims) -> dict[str, object]:
 
 
 def _lm_state(dims: Dims, generator: torch.Generator) -> dict[str, Tensor]:
-    """Float16, as published."""
     d = dims.dim
     shapes = {f"emb.{k}.weight": (CARD + 1, d) for k in range(CODEBOOKS)}
     shapes |= {f"linears.{k}.weight": (CARD, d) for k in range(CODEBOOKS)}
@@ -138,15 +145,14 @@ def _lm_state(dims: Dims, generator: torch.Generator) -> dict[str, Tensor]:
     projections = {f"condition_provider.conditioners.{name}.output_proj": into for name, into in inputs.items()}
     shapes |= {f"{projection}.weight": (d, into) for projection, into in projections.items()}
     state = {
-        name: (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).half()
+        name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5
         for name, shape in tqdm(shapes.items(), desc="random language model", unit="tensor")
     }
-    state |= {f"{projection}.bias": torch.zeros(d).half() for projection in projections}
+    state |= {f"{projection}.bias": torch.zeros(d) for projection in projections}
     for norm in norms:
-        state |= {f"{norm}.weight": torch.ones(d).half(), f"{norm}.bias": torch.zeros(d).half()}
+        state |= {f"{norm}.weight": torch.ones(d), f"{norm}.bias": torch.zeros(d)}
     if dims.melody:
-        window = torch.hann_window(CHROMA_WINDOW).half()
-        state["condition_provider.conditioners.self_wav.chroma.spec.window"] = window
+        state["condition_provider.conditioners.self_wav.chroma.spec.window"] = torch.hann_window(CHROMA_WINDOW)
     return state
 
 

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import machine
 from benchmarks.checkpoints import checkpoint_of
 from benchmarks.report import Table
 from benchmarks.timing import Spread
@@ -36,9 +37,14 @@ class Times:
 
 def run(args: argparse.Namespace) -> list[Table]:
     """The benchmark, as the command line asks for it."""
-    dtype = args.dtype[0] if args.dtype else None
-    checkpoint = checkpoint_of(args.dims)
-    return measure(args.dims, checkpoint, args.device, dtype, args.requests, args.duration, args.chunk, args.repeats)
+    how = (args.requests, args.duration, args.chunk, args.repeats)
+    tables = []
+    for dtype in args.dtype or (None,):
+        tables += measure(args.dims, checkpoint_of(args.dims), args.device, dtype, *how)
+    if args.dtype is None and machine.kind(args.device) == "cpu":
+        checkpoint = checkpoint_of(args.dims, wide=True)
+        tables += measure(f"{args.dims} with weights that float16 cannot hold", checkpoint, args.device, None, *how)
+    return tables
 
 
 def measure(

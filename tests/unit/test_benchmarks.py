@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from benchmarks.peer import load as load_peer
 from benchmarks.report import NONE, Table
 from benchmarks.timing import Spread, in_turns
 from benchmarks.weights import bytes_of, tensors_of
-from handler.checkpoint import LM_FILE
+from handler.checkpoint import LM_FILE, Checkpoint, read_checkpoint
+from handler.half import fits_half
 from handler.musicgen import MusicGen
 
 TINY = Dims(64, 4, 2, filters=4, text_layers=1, text_hidden=64)
@@ -150,6 +152,40 @@ def test_the_serve_benchmark_asks_an_engine_for_music(checkpoint: Path) -> None:
     assert table.title == "Serving, tiny, cpu, float32"
     assert figures["first audio of an idle engine"].endswith(" s")
     assert "2 requests of 0.4 s, one after another" in figures
+
+
+def test_checkpoints_hold_float16_as_published_or_what_needs_float32(checkpoint: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, TINY, wide=True)
+    name = "transformer.layers.0.linear1.weight"
+    published, wide = (read_checkpoint(folder / LM_FILE) for folder in (checkpoint, tmp_path))
+    assert isinstance(published, Checkpoint)
+    assert isinstance(wide, Checkpoint)
+    assert torch.equal(published.state[name], wide.state[name].half())
+    assert fits_half(published.state[name])
+    assert not fits_half(wide.state[name])
+
+
+def test_serving_is_measured_with_both_kinds_of_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured: list[tuple[str, Path, str | None]] = []
+
+    def measure(name: str, folder: Path, device: str, dtype: str | None, *how: float) -> list[Table]:
+        measured.append((name, folder, dtype))
+        return []
+
+    monkeypatch.setattr(serve, "checkpoint_of", lambda name, wide=False: tmp_path / f"{name}{wide}")
+    monkeypatch.setattr(serve, "measure", measure)
+    arguments = {"dims": "small", "requests": 8, "duration": 8.0, "chunk": 1.0, "repeats": 1}
+    serve.run(Namespace(**arguments, dtype=None, device="cpu"))
+    serve.run(Namespace(**arguments, dtype=["bfloat16", "int8"], device="cpu"))
+    serve.run(Namespace(**arguments, dtype=None, device="cuda"))
+    published = tmp_path / "smallFalse"
+    assert measured == [
+        ("small", published, None),
+        ("small with weights that float16 cannot hold", tmp_path / "smallTrue", None),
+        ("small", published, "bfloat16"),
+        ("small", published, "int8"),
+        ("small", published, None),
+    ]
 
 
 def test_all_writes_the_section_of_its_dimensions_and_device(

@@ -70,7 +70,8 @@ def test_the_time_of_clips_is_that_of_the_recorded_benchmark() -> None:
     section = RESULTS.read_text(encoding="utf-8").partition("## small, cpu\n")[2].partition("\n## ")[0]
     [line] = [line for line in section.splitlines() if line.startswith("| ours | float32 | 8 |")]
     steps_per_second = float(line.split("|")[6])
-    [measured] = re.findall(r"\| 8 requests of 8 s, one after another .*\n\| the same together \| ([0-9.]+) s", section)
+    together = r"\| 8 requests of 8 s, one after another .*\n\| the same together \| ([0-9.]+) s"
+    measured, *_ = re.findall(together, section)  # with weights as they were published
     plan = plan_for(SMALL, Load(1, 8.0), Gpu(16, steps_per_second), GOAL)
     assert plan.places == 8
     assert plan.seconds == pytest.approx(float(measured), rel=0.2)  # without what comes before and after the steps
