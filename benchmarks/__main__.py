@@ -15,7 +15,7 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], list[Table]], str]] =
     "decode": (decode.run, "the decode step, beside transformers and the memory bandwidth"),
     "codec": (codec.run, "codes to audio, whole and in chunks, beside transformers' EncodecModel"),
     "load": (load.run, "from files to the first decode step, beside transformers' from_pretrained"),
-    "serve": (serve.run, "requests together against one after another; first audio"),
+    "serve": (serve.run, "requests together against one after another and beside transformers; first audio"),
 }
 
 
@@ -64,7 +64,7 @@ def _add_options(command: argparse.ArgumentParser, benchmarks: Sequence[str]) ->
     dtype = "float32, bfloat16, float16 or what else the language model takes (default: those of the device)"
     option("dtype", ["decode", "load", "serve"], dtype, nargs="+")
     peer = "what to measure beside it (default: %(default)s)"
-    option("peer", ["decode", "codec", "load"], peer, choices=("transformers", "none"), default="transformers")
+    option("peer", ["decode", "codec", "load", "serve"], peer, choices=("transformers", "none"), default="transformers")
     rows = "in the decode step, two a request (default: 2 16)"
     option("rows", ["decode"], rows, type=int, nargs="+", default=[2, 16])
     option("seconds", ["decode"], "of music in decode steps (default: %(default)s)", type=float, default=8.0)

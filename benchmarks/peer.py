@@ -105,6 +105,31 @@ class PeerDecoder:
         return {"encoder_hidden_states": hidden.to(self.decoder.device, self.decoder.dtype)}
 
 
+def make_clip(model: Any, folder: Path, text: str, seconds: float) -> Tensor:
+    """One clip of a text with guidance by `generate`, from the text to the audio `[channels, T]`.
+
+    Args:
+        model: what `load` gave.
+        folder: of `peer_folder`.
+    """
+    tokens = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)(text, return_tensors="pt")
+    params, config = GenerationParams(), model.decoder.config
+    steps = round(seconds * model.audio_encoder.config.frame_rate) + config.num_codebooks - 1  # of delayed codebooks
+    wav = model.generate(
+        input_ids=tokens.input_ids.to(model.device),
+        attention_mask=tokens.attention_mask.to(model.device),
+        do_sample=True,
+        guidance_scale=params.cfg_coef,
+        top_k=params.top_k,
+        min_new_tokens=steps,
+        max_new_tokens=steps,
+        decoder_start_token_id=config.pad_token_id,
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.pad_token_id,
+    )
+    return wav[0]
+
+
 def _quiet() -> None:
     """Its bars would cross ours, and it warns of MusicGen's own special token."""
     transformers_logging.disable_progress_bar()

@@ -8,8 +8,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks import machine
 from benchmarks.checkpoints import checkpoint_of
+from benchmarks.decode import PEER_DTYPES
+from benchmarks.peer import load, make_clip, peer_folder
 from benchmarks.report import Table
 from benchmarks.timing import Spread
 from handler.engine.engine import Engine
@@ -37,7 +41,7 @@ class Times:
 
 def run(args: argparse.Namespace) -> list[Table]:
     """The benchmark, as the command line asks for it."""
-    how = (args.requests, args.duration, args.chunk, args.repeats)
+    how = (args.requests, args.duration, args.chunk, args.repeats, args.peer == "transformers")
     tables = []
     for dtype in args.dtype or (None,):
         tables += measure(args.dims, checkpoint_of(args.dims), args.device, dtype, *how)
@@ -56,6 +60,7 @@ def measure(
     duration: float,
     chunk: float,
     repeats: int,
+    with_peer: bool,
 ) -> list[Table]:
     """Starts an engine and asks it for music.
 
@@ -67,6 +72,7 @@ def measure(
         duration: seconds of each.
         chunk: seconds of one chunk of audio.
         repeats: of the requests to an idle engine.
+        with_peer: whether to make one of the clips with the peer, in float32 on a CPU and in float16 on a GPU.
     """
     spec = ModelSpec(
         checkpoint=checkpoint,
@@ -84,15 +90,36 @@ def measure(
     engine.start()
     ready = time.monotonic() - began
     title = f"Serving, {name}, {device}, {engine.describe().dtype}"
+    notes = [f"First audio is half a chunk; {repeats} requests of one chunk of {chunk:g} s to an idle engine."]
     try:
-        rows = asyncio.run(_rows(engine, requests, duration, chunk, repeats))
+        rows, together = asyncio.run(_rows(engine, requests, duration, chunk, repeats))
     finally:
         engine.close()
-    note = f"First audio is half a chunk; {repeats} requests of one chunk of {chunk:g} s to an idle engine."
-    return [Table(title, ("what", "figure"), [("engine ready after", f"{ready:.1f} s"), *rows], [note])]
+    if with_peer:
+        theirs = _peer_seconds(checkpoint, device, duration)
+        rows += [
+            ("transformers, one of these clips", f"{theirs:.1f} s"),
+            (f"together, times as fast as transformers making {requests}", f"{requests * theirs / together:.1f}"),
+        ]
+        notes.append("transformers takes one request at a time, so its time is that of one clip, times their number.")
+    return [Table(title, ("what", "figure"), [("engine ready after", f"{ready:.1f} s"), *rows], notes)]
 
 
-async def _rows(engine: Engine, requests: int, duration: float, chunk: float, repeats: int) -> list[tuple[str, str]]:
+@torch.inference_mode()
+def _peer_seconds(checkpoint: Path, device: str, duration: float) -> float:
+    """Of one clip, from its text to its audio on the host, after a short one."""
+    folder = peer_folder(checkpoint)
+    peer = load(folder, PEER_DTYPES[machine.kind(device)][0], device)
+    make_clip(peer, folder, PROMPTS[0], min(0.2, duration))
+    began = time.monotonic()
+    make_clip(peer, folder, PROMPTS[0], duration).cpu()
+    return time.monotonic() - began
+
+
+async def _rows(
+    engine: Engine, requests: int, duration: float, chunk: float, repeats: int
+) -> tuple[list[tuple[str, str]], float]:
+    """The lines of the table, and the seconds of all requests together."""
     await _request(engine, 0, min(1.0, duration))  # warm-up
     idle = [await _request(engine, i, chunk) for i in range(repeats)]
     heard = Spread([times.heard for times in idle])
@@ -105,7 +132,7 @@ async def _rows(engine: Engine, requests: int, duration: float, chunk: float, re
     began = time.monotonic()
     together = await asyncio.gather(*(_request(engine, i, duration) for i in range(requests)))
     all_together = time.monotonic() - began
-    return [
+    rows = [
         ("first audio of an idle engine", f"{heard:.2f} s"),
         ("its conditions", f"{prefill:.2f} s"),
         (f"one chunk of {chunk:g} s with its prefill", f"{whole:.2f} s"),
@@ -116,6 +143,7 @@ async def _rows(engine: Engine, requests: int, duration: float, chunk: float, re
         ("seconds of audio a second", f"{requests * duration / all_together:.2f}"),
         ("the last of them first heard after", f"{max(times.heard for times in together):.1f} s"),
     ]
+    return rows, all_together
 
 
 async def _request(engine: Engine, index: int, duration: float) -> Times:

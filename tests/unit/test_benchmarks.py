@@ -13,7 +13,7 @@ from benchmarks import codec, decode, load, machine, ready, report, serve
 from benchmarks.__main__ import main
 from benchmarks.checkpoints import DIMS, Dims, checkpoint_of, write_checkpoint
 from benchmarks.ours import Ours
-from benchmarks.peer import PeerDecoder, peer_folder
+from benchmarks.peer import PeerDecoder, make_clip, peer_folder
 from benchmarks.peer import load as load_peer
 from benchmarks.report import NONE, Table
 from benchmarks.timing import Spread, in_turns
@@ -147,11 +147,20 @@ def test_a_loaded_model_says_what_it_took(side: str, checkpoint: Path) -> None:
 
 
 def test_the_serve_benchmark_asks_an_engine_for_music(checkpoint: Path) -> None:
-    [table] = serve.measure("tiny", checkpoint, "cpu", "float32", 2, 0.4, 0.2, 1)
+    [table] = serve.measure("tiny", checkpoint, "cpu", "float32", 2, 0.4, 0.2, 1, with_peer=True)
     figures = {row[0]: row[1] for row in table.rows}
     assert table.title == "Serving, tiny, cpu, float32"
     assert figures["first audio of an idle engine"].endswith(" s")
     assert "2 requests of 0.4 s, one after another" in figures
+    assert "transformers, one of these clips" in figures
+    assert number(figures["together, times as fast as transformers making 2"]) > 0
+
+
+def test_the_peer_makes_a_clip_of_the_length_that_is_asked_for(checkpoint: Path) -> None:
+    folder = peer_folder(checkpoint)
+    peer = load_peer(folder, "float32", "cpu")
+    with torch.inference_mode():
+        assert make_clip(peer, folder, "slow blues", 0.4).shape == (1, 0.4 * 32000)
 
 
 def test_checkpoints_hold_float16_as_published_or_what_needs_float32(checkpoint: Path, tmp_path: Path) -> None:
@@ -174,7 +183,7 @@ def test_serving_is_measured_with_both_kinds_of_weights(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(serve, "checkpoint_of", lambda name, wide=False: tmp_path / f"{name}{wide}")
     monkeypatch.setattr(serve, "measure", measure)
-    arguments = {"dims": "small", "requests": 8, "duration": 8.0, "chunk": 1.0, "repeats": 1}
+    arguments = {"dims": "small", "requests": 8, "duration": 8.0, "chunk": 1.0, "repeats": 1, "peer": "none"}
     serve.run(Namespace(**arguments, dtype=None, device="cpu"))
     serve.run(Namespace(**arguments, dtype=["bfloat16", "int8"], device="cpu"))
     serve.run(Namespace(**arguments, dtype=None, device="cuda"))
