@@ -7,6 +7,7 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from archive_scripts.errors import CommandError
 from handler.errors import CheckpointError, RequestError
@@ -77,7 +78,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code or 0
 
 
+class _Ending:
+    """SIGTERM, and SIGHUP of a terminal that is closed, end a command as Ctrl-C does: what is unfinished is cleared.
+
+    They do so once, or a second one would cut the clearing short; only Ctrl-C again does.
+    """
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self._begun or number == signal.SIGINT:
+            self._begun = True
+            raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, signal.default_int_handler)  # as Ctrl-C: what is unfinished is cleared
+    handler = _Ending()
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as after nohup
+            signal.signal(ending, handler)
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -116,8 +117,8 @@ def run(args: argparse.Namespace) -> None:
             _say(f"  KEY=$(python -c '{READ_KEY}' {server.folder}/key_file.json)")
         for model in models:
             _say(f"  {curl_line(server.url, model, args.open)}")
-        _say("\nCtrl-C stops the server")
         try:
+            _say("\nCtrl-C stops the server")
             server.wait()
         except KeyboardInterrupt:
             _drain(server, args.drain)
@@ -185,4 +186,5 @@ def _drain(server: TorchServe, seconds: float) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may have been closed: there is a server to drain all the same
+        print(text, flush=True)

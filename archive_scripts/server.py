@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +33,7 @@ from handler.drain import SERVER
 
 CONFIG = Path(__file__).resolve().parents[1] / "config.properties"
 LOG_CONFIG = Path(__file__).with_name("log4j2.xml")
+POLL_SECONDS = 0.2
 JVM_STOP_SECONDS = 30
 
 # In this order the three servers take the port given and the two after it.
@@ -150,7 +153,8 @@ class TorchServe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stop()
+        with _uninterrupted():
+            self._stop()
         failed = isinstance(error, Exception)
         shutil.rmtree(self.folder / "tmp" if failed else self.folder, ignore_errors=True)
 
@@ -195,7 +199,8 @@ class TorchServe:
         Raises:
             CommandError: the server died; with the end of the log.
         """
-        self._launcher.wait()
+        while self._launcher.poll() is None:
+            time.sleep(POLL_SECONDS)  # to wait without an end would miss a signal that comes as the wait begins
         raise CommandError(f"TorchServe ended by itself.\n{self.running.log_tail()}")
 
     def _derived(self) -> dict[str, str]:
@@ -239,3 +244,16 @@ class TorchServe:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._launcher.pid, signal.SIGKILL)
             self._launcher.wait()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C does nothing: whoever is impatient would leave the server running."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, kept)

@@ -140,6 +140,39 @@ def serving(folder: Path, port: int, *arguments: str) -> Iterator[subprocess.Pop
         process.communicate(timeout=60)
 
 
+def test_when_its_terminal_is_closed_what_was_accepted_is_finished_and_nothing_stays(
+    songs: list[Path], tmp_path: Path
+) -> None:
+    port = free_ports(3)
+    command = [sys.executable, "-m", "archive_scripts", "serve", str(songs[0]), "--port", str(port), "--drain", "60"]
+    terminal, inside = os.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+    )
+    os.close(inside)
+    seen = b""
+    while b"Ctrl-C stops" not in seen:
+        seen += os.read(terminal, 4096)
+    server = find_server(port)
+    started = psutil.Process(process.pid).children(recursive=True)
+    url, token = f"http://127.0.0.1:{port}/predictions/song", server.authorization("inference")
+    body = {"duration": LONG, "format": "pcm"}
+    with ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(lambda: requests.post(url, json=body, headers=token, timeout=120))
+        in_flight(server, 1)
+        os.close(terminal)
+        reply = accepted.result()
+    assert (reply.status_code, len(reply.content)) == (200, LONG_BYTES)
+    assert not psutil.wait_procs(started, timeout=30)[1]
+    process.wait(timeout=30)
+    assert not server.path.exists()
+
+
 def test_on_a_stop_signal_what_was_accepted_is_finished_and_what_is_new_refused(
     songs: list[Path], tmp_path: Path
 ) -> None:
