@@ -93,9 +93,14 @@ class _Ending:
             raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
+def end_in_order() -> None:
+    """Has the signals that end a process end a command."""
     handler = _Ending()
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as after nohup
             signal.signal(ending, handler)
+
+
+if __name__ == "__main__":
+    end_in_order()
     sys.exit(main())

@@ -289,7 +289,7 @@ def test_a_failure_while_writing_keeps_the_archive_that_was_there(
 SLOW_PACK = """
 import sys, time
 from archive_scripts import archive
-from archive_scripts.__main__ import main
+from archive_scripts.__main__ import end_in_order, main
 def never_ends(*arguments):
     print("writing", flush=True)
     time.sleep(600)
@@ -305,8 +305,7 @@ def test_an_interrupted_pack_leaves_no_archive_and_the_next_one_nothing_of_it(
     store = tmp_path / "store"
     arguments = ["pack", str(GOLDENS / "text_mono"), "--hub-dir", str(HUB), "--output", str(store)]
     arguments += ["--format", archive_format]
-    main_part = (ROOT / "archive_scripts" / "__main__.py").read_text().split('if __name__ == "__main__":\n')[1]
-    script = SLOW_PACK + "import signal\n" + "".join(line[4:] for line in main_part.splitlines(keepends=True))
+    script = SLOW_PACK + "end_in_order()\nsys.exit(main())\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     packing = subprocess.Popen(
         [sys.executable, "-c", script, *arguments], env=environment, stdout=subprocess.PIPE, text=True
