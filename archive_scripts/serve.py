@@ -32,9 +32,9 @@ runs, `status`, `register`, `scale`, `set-default`, `unregister` and `token` wor
 Each variant gets a worker, a process with the model in it, for each GPU; on a machine without GPUs, one. Several
 workers without GPUs share the cores: OMP_NUM_THREADS is the cores divided by all workers, unless you set it.
 
-At Ctrl-C or SIGTERM the server drains: new requests are answered with a 503, those it has accepted are finished, their
-replies sent, and then it stops. A second Ctrl-C stops it at once. Give a service manager more time than --drain before
-it kills: TimeoutStopSec in systemd, terminationGracePeriodSeconds in Kubernetes.
+At Ctrl-C, at SIGTERM and when its terminal is closed the server drains: new requests are answered with a 503, those it
+has accepted are finished, their replies sent, and then it stops. A second Ctrl-C stops it at once. Give a service
+manager more time than --drain before it kills: TimeoutStopSec in systemd, terminationGracePeriodSeconds in Kubernetes.
 
   python -m archive_scripts serve debug --open
   python -m archive_scripts serve small stereo-small --port 9000

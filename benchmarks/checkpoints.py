@@ -56,29 +56,29 @@ _VERSION = 2
 """Of what is written; a checkpoint of another version is not used again."""
 
 
-def checkpoint_of(name: str, wide: bool = False) -> Path:
+def checkpoint_of(name: str, float32: bool = False) -> Path:
     """The folder of a random checkpoint, written at the first call (minutes for the large ones).
 
     Args:
         name: of `DIMS`.
-        wide: the language model in float32, with weights that float16 cannot hold; else in float16, as published.
+        float32: the language model in float32, with weights that float16 cannot hold; else in float16, as published.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "musicgen-benchmarks"
-    folder = cache / f"{name}{'-float32' if wide else ''}-v{_VERSION}"
+    folder = cache / f"{name}{'-float32' if float32 else ''}-v{_VERSION}"
     if not folder.is_dir():
         staged = cache / f".{folder.name}-{os.getpid()}"
         shutil.rmtree(staged, ignore_errors=True)
-        write_checkpoint(staged, DIMS[name], wide)
+        write_checkpoint(staged, DIMS[name], float32)
         staged.rename(folder)
     return folder
 
 
-def write_checkpoint(folder: Path, dims: Dims, wide: bool = False) -> None:
+def write_checkpoint(folder: Path, dims: Dims, float32: bool = False) -> None:
     """Writes both checkpoint files and the auxiliary models, random but the same every time."""
     write_debug_checkpoint(folder)  # for its tokenizer
     generator = torch.Generator().manual_seed(0)
     state = _lm_state(dims, generator)
-    if not wide:
+    if not float32:
         state = {name: value.half() for name, value in state.items()}
     _export(folder / LM_FILE, state, _lm_config(dims))
     codec = _codec_config(dims)

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> list[Table]:
     for dtype in args.dtype or (None,):
         tables += measure(args.dims, checkpoint_of(args.dims), args.device, dtype, *how)
     if args.dtype is None and machine.kind(args.device) == "cpu":
-        checkpoint = checkpoint_of(args.dims, wide=True)
+        checkpoint = checkpoint_of(args.dims, float32=True)
         tables += measure(f"{args.dims} with weights that float16 cannot hold", checkpoint, args.device, None, *how)
     return tables
 

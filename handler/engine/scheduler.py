@@ -67,9 +67,9 @@ class _Request:
     Attributes:
         steps: its decode steps so far.
         decoded: the frames given to its audio decoder so far.
-        speaking: what its audio decoder is still to be asked, or has done and nobody has looked at; in order.
+        decoding: its chunks of audio that are being decoded, or are and nobody has looked at how that went; in order.
         finished: its last frame is among them.
-        gone: nobody wants what it has to say any more.
+        forgotten: no more of its events may go out.
     """
 
     job: Job
@@ -80,9 +80,9 @@ class _Request:
     slot: Slot | None = None
     steps: int = 0
     decoded: int = 0
-    speaking: deque[Future[None]] = field(default_factory=deque)
+    decoding: deque[Future[None]] = field(default_factory=deque)
     finished: bool = False
-    gone: bool = False
+    forgotten: bool = False
 
 
 class Scheduler:
@@ -215,7 +215,7 @@ class Scheduler:
     def _collect(self) -> None:
         """Takes in what the other threads have done."""
         for request in list(self._requests):
-            self._listen(request)
+            self._collect_audio(request)
             if request.preparing is None or not request.preparing.done():
                 continue
             preparing, request.preparing = request.preparing, None
@@ -225,12 +225,12 @@ class Scheduler:
                 request.window = window
                 self.emit(request.job.id, Prepared())
 
-    def _listen(self, request: _Request) -> None:
-        """Takes in what has been said of a request, and lets it go after its last word."""
-        while request.speaking and request.speaking[0].done():
+    def _collect_audio(self, request: _Request) -> None:
+        """Takes in how decoding a request's audio went, and forgets the request after its last chunk."""
+        while request.decoding and request.decoding[0].done():
             with self._contained(request):
-                request.speaking.popleft().result()
-        if request.finished and not request.speaking and not request.gone:
+                request.decoding.popleft().result()
+        if request.finished and not request.decoding and not request.forgotten:
             self._forget(request)
 
     def _check_fits(self, window: Window) -> None:
@@ -289,7 +289,7 @@ class Scheduler:
             last = min(self._chunk_end(request), ready)
             codes = generation.read(self.decoder.sequence_of(slot), request.decoded, last)
             request.decoded = last
-            self._say(request, partial(request.audio.push, codes))
+            self._decode(request, partial(request.audio.push, codes))
         if request.steps % PROGRESS_STEPS == 0:
             self.emit(request.job.id, Progress(request.steps, generation.total_steps))
         if not slot.done:
@@ -298,8 +298,8 @@ class Scheduler:
         if generation.finished:
             self._leave(request)
             request.finished = True
-            self._say(request, request.audio.finish, Done(generation.codes.numpy()))
-            self._listen(request)
+            self._decode(request, request.audio.finish, Done(generation.codes.numpy()))
+            self._collect_audio(request)
         else:
             self._prepare(request, self._followers, lambda: generation)
 
@@ -309,31 +309,31 @@ class Scheduler:
         whole = max(0, request.decoded - half + self.chunk_frames) // self.chunk_frames
         return half + whole * self.chunk_frames
 
-    def _say(self, request: _Request, decode: Callable[[], Tensor], last_word: Event | None = None) -> None:
-        """Hands out the next audio of a request, and then the event that ends it."""
+    def _decode(self, request: _Request, chunk: Callable[[], Tensor], then: Event | None = None) -> None:
+        """Decodes a request's next chunk and hands it out; then, after the last, the event that ends the request."""
 
         @torch.inference_mode()
         def work() -> None:
-            if request.gone:
+            if request.forgotten:
                 return
             try:
-                wav = decode()  # [channels, m]
+                wav = chunk()  # [channels, m]
                 if wav.shape[-1]:
                     self.emit(request.job.id, Audio(wav.float().cpu().numpy()))
-                if last_word is not None:
-                    self.emit(request.job.id, last_word)
+                if then is not None:
+                    self.emit(request.job.id, then)
             except BaseException:
-                request.gone = True  # what it was to say next would not fit what was said
+                request.forgotten = True  # the chunks behind it would not fit those before it
                 raise
 
-        speaking = self._codec.submit(work)
-        request.speaking.append(speaking)
-        if not speaking.done():
-            speaking.add_done_callback(lambda _: self.wake())
+        decoding = self._codec.submit(work)
+        request.decoding.append(decoding)
+        if not decoding.done():
+            decoding.add_done_callback(lambda _: self.wake())
 
     def _forget(self, request: _Request) -> None:
         self._requests.remove(request)
-        request.gone = True
+        request.forgotten = True
         if request.preparing is not None:
             request.preparing.cancel()
         self._leave(request)
@@ -351,7 +351,7 @@ def _runs(request: _Request) -> bool:
 
 def _pending(request: _Request) -> list[Future[Any]]:
     """What other threads do for a request."""
-    return [*request.speaking, *([] if request.preparing is None else [request.preparing])]
+    return [*request.decoding, *([] if request.preparing is None else [request.preparing])]
 
 
 def _preparers(count: int) -> ThreadPoolExecutor:

@@ -155,22 +155,26 @@ def test_when_its_terminal_is_closed_what_was_accepted_is_finished_and_nothing_s
         stderr=inside,
     )
     os.close(inside)
-    seen = b""
-    while b"Ctrl-C stops" not in seen:
-        seen += os.read(terminal, 4096)
-    server = find_server(port)
-    started = psutil.Process(process.pid).children(recursive=True)
-    url, token = f"http://127.0.0.1:{port}/predictions/song", server.authorization("inference")
-    body = {"duration": LONG, "format": "pcm"}
-    with ThreadPoolExecutor(1) as pool:
-        accepted = pool.submit(lambda: requests.post(url, json=body, headers=token, timeout=120))
-        in_flight(server, 1)
-        os.close(terminal)
-        reply = accepted.result()
-    assert (reply.status_code, len(reply.content)) == (200, LONG_BYTES)
-    assert not psutil.wait_procs(started, timeout=30)[1]
-    process.wait(timeout=30)
-    assert not server.path.exists()
+    try:
+        seen = b""
+        while b"Ctrl-C stops" not in seen:
+            seen += os.read(terminal, 4096)
+        server = find_server(port)
+        started = psutil.Process(process.pid).children(recursive=True)
+        url, token = f"http://127.0.0.1:{port}/predictions/song", server.authorization("inference")
+        body = {"duration": LONG, "format": "pcm"}
+        with ThreadPoolExecutor(1) as pool:
+            accepted = pool.submit(lambda: requests.post(url, json=body, headers=token, timeout=120))
+            in_flight(server, 1)
+            os.close(terminal)
+            reply = accepted.result()
+        assert (reply.status_code, len(reply.content)) == (200, LONG_BYTES)
+        assert not psutil.wait_procs(started, timeout=30)[1]
+        process.wait(timeout=30)
+        assert not server.path.exists()
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
 def test_on_a_stop_signal_what_was_accepted_is_finished_and_what_is_new_refused(

@@ -164,7 +164,7 @@ def test_the_peer_makes_a_clip_of_the_length_that_is_asked_for(checkpoint: Path)
 
 
 def test_checkpoints_hold_float16_as_published_or_what_needs_float32(checkpoint: Path, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, TINY, wide=True)
+    write_checkpoint(tmp_path, TINY, float32=True)
     name = "transformer.layers.0.linear1.weight"
     published, wide = (read_checkpoint(folder / LM_FILE) for folder in (checkpoint, tmp_path))
     assert isinstance(published, Checkpoint)
@@ -181,7 +181,7 @@ def test_serving_is_measured_with_both_kinds_of_weights(monkeypatch: pytest.Monk
         measured.append((name, folder, dtype))
         return []
 
-    monkeypatch.setattr(serve, "checkpoint_of", lambda name, wide=False: tmp_path / f"{name}{wide}")
+    monkeypatch.setattr(serve, "checkpoint_of", lambda name, float32=False: tmp_path / f"{name}{float32}")
     monkeypatch.setattr(serve, "measure", measure)
     arguments = {"dims": "small", "requests": 8, "duration": 8.0, "chunk": 1.0, "repeats": 1, "peer": "none"}
     serve.run(Namespace(**arguments, dtype=None, device="cpu"))
