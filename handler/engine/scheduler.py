@@ -216,7 +216,7 @@ class Scheduler:
         """Takes in what the other threads have done."""
         for request in list(self._requests):
             self._collect_audio(request)
-            if request.preparing is None or not request.preparing.done():
+            if request.forgotten or request.preparing is None or not request.preparing.done():
                 continue
             preparing, request.preparing = request.preparing, None
             with self._contained(request):

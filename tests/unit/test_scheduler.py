@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -143,6 +143,8 @@ def test_a_clip_whose_audio_cannot_be_decoded_fails_alone(
         return torch.zeros(1, 7)
 
     bad.audio.push = fails_on_the_second  # type: ignore[method-assign]
+    stage.rounds(3)
+    bad.preparing = Future()  # as when its next window is being prepared
     stage.finish("bad", "short")
     failed = stage.events["bad"][-1]
     assert isinstance(failed, Failed)
