@@ -20,7 +20,9 @@ from benchmarks.timing import Spread, in_turns
 from benchmarks.weights import bytes_of, tensors_of
 from handler.checkpoint import LM_FILE, Checkpoint, read_checkpoint
 from handler.half import fits_half
+from handler.lm.decode_attention import MaskedAttention
 from handler.musicgen import MusicGen
+from tests.pretend_cuda import pretend_cuda
 
 TINY = Dims(64, 4, 2, filters=4, text_layers=1, text_hidden=64)
 TINY_MELODY = Dims(64, 4, 2, melody=True, filters=4, text_layers=1, text_hidden=64)
@@ -28,8 +30,8 @@ TINY_MELODY = Dims(64, 4, 2, melody=True, filters=4, text_layers=1, text_hidden=
 
 @pytest.fixture(autouse=True)
 def _quick_measures_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_BUFFER_BYTES", {"cpu": 2**20})
-    monkeypatch.setattr(machine, "_MATRIX", {"cpu": 64})
+    monkeypatch.setattr(machine, "_BUFFER_BYTES", {"cpu": 2**20, "cuda": 2**20})
+    monkeypatch.setattr(machine, "_MATRIX", {"cpu": 64, "cuda": 64})
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,24 @@ def test_the_codec_benchmark_compares_equal_audio(checkpoint: Path) -> None:
     assert [cell == NONE for cell in cells(table, "over whole-clip decode")] == [True, False, True] * 2
     short, *_, long = (number(cell) for cell in cells(table, "limit, s"))
     assert 0 <= short <= long
+
+
+def test_a_gpus_decode_codec_and_load_benchmarks_are_one_command_away(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handler.lm.static_step.attention_kernel", lambda _: MaskedAttention())
+    with pretend_cuda() as gpu:
+        machine.describe("cuda")
+        [decoded] = decode.measure(
+            "tiny", checkpoint, "cuda", ["float16", "bfloat16"], ["float16", "float32"], [1, 2], 0.4
+        )
+        assert len(gpu.graphs) == 8  # of two dtypes and numbers of requests, which begin twice
+        [coded] = codec.measure("tiny", checkpoint, "cuda", [0.5], 0.4, 1, True)
+        for side, folder in (("ours", checkpoint), ("transformers", peer_folder(checkpoint))):
+            assert ready.load(side, folder, "cuda", "float16").weight_bytes > 0
+    assert cells(decoded, "side") == ["transformers"] * 2 + ["ours"] * 4
+    assert all(number(cell) < 0.1 for cell in cells(decoded, "error of logits"))
+    assert all(number(cell) < 1e-4 for cell in cells(coded, "largest difference to the peer"))
 
 
 def test_the_load_benchmark_watches_a_process(checkpoint: Path) -> None:

@@ -24,13 +24,15 @@ from tests.parity.models import load
 class Stage:
     """A scheduler, and what it said of each job."""
 
-    def __init__(self, model: MusicGen, requests: int = 8, rows: int = 16, chunk_frames: int = 20) -> None:
+    def __init__(
+        self, model: MusicGen, requests: int = 8, rows: int = 16, chunk_frames: int = 20, deterministic: bool = True
+    ) -> None:
         self.events: dict[str, list[Event]] = {}
         self.order: list[str] = []
         self.ends: list[str] = []
         self._woken = threading.Semaphore(0)
         capacity = Capacity(requests, rows, 1600, 1510)
-        self.scheduler = Scheduler(model, capacity, chunk_frames, 512, self._note, self._woken.release)
+        self.scheduler = Scheduler(model, capacity, chunk_frames, 512, self._note, self._woken.release, deterministic)
 
     def _note(self, job_id: str, event: Event) -> None:
         self.events.setdefault(job_id, []).append(event)
