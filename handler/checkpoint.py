@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import pickle
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,12 +94,26 @@ class Checkpoint:
     Attributes:
         source: the file, for messages.
         config: its `xp.cfg`.
-        state: its parameters by name, still in the file (memory-mapped).
+        state: its parameters by name, still in the file if they are `mapped`: nobody writes to them then.
     """
 
     source: str
     config: Config
     state: dict[str, Tensor]
+    mapped: bool = False
+
+    def release(self) -> None:
+        """Takes the pages of a mapped file out of this process's memory; the next look brings them back.
+
+        A page once read counts as this process's memory as long as the file is mapped, though a copy of it is kept.
+        """
+        if not self.mapped or sys.platform != "linux":
+            return
+        bounds = _addresses(self.state)
+        first, last = -(-bounds.start // mmap.PAGESIZE), bounds.stop // mmap.PAGESIZE  # whole pages
+        if first < last:
+            size = (last - first) * mmap.PAGESIZE
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +148,18 @@ def read_checkpoint(path: Path) -> Checkpoint | Pointer:
     strange = [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]
     if strange:
         raise CheckpointError(f"{path} is a training checkpoint: best_state[{strange[0]!r}] is no tensor. {_EXPORT}")
-    return Checkpoint(str(path), Config.parse(config, str(path)), state)
+    # Memory that is no file's would be lost when it is released; so tensors that lie elsewhere are never released.
+    mapped = len(_addresses(state)) <= path.stat().st_size
+    return Checkpoint(str(path), Config.parse(config, str(path)), state, mapped)
+
+
+def _addresses(state: Mapping[str, Tensor]) -> range:
+    """From the first tensor's first byte to the last one's last."""
+    tensors = [tensor for tensor in state.values() if tensor.layout is torch.strided and tensor.numel()]
+    return range(
+        min((tensor.data_ptr() for tensor in tensors), default=0),
+        max((tensor.data_ptr() + tensor.nbytes for tensor in tensors), default=0),
+    )
 
 
 _EXPORT = "Export it first: `python -m archive_scripts export CHECKPOINT_FOLDER OUT`."

@@ -113,7 +113,7 @@ class MusicGen:
                 f"has {compression.num_codebooks} of {compression.cardinality}: they belong to different models."
             )
         conditioning = build_conditioners(checkpoint, find).to(device)
-        lm.finalize(device, dtype)
+        lm.finalize(device, dtype, checkpoint.release)
         max_duration = float(config.section("dataset").get("segment_duration", 30.0))
         stride = _AUDIOGEN_STRIDE if config.get("solver") == "audiogen" else _MUSICGEN_STRIDE
         return cls(compression, lm, conditioning, build_fuser(config), max_duration, stride)

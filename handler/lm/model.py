@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -69,13 +70,17 @@ class LanguageModel(nn.Module):
         """Stands where the pattern holds no code."""
         return self.card
 
-    def finalize(self, device: torch.device, dtype: torch.dtype) -> None:
+    def finalize(self, device: torch.device, dtype: torch.dtype, after_each: Callable[[], None] = lambda: None) -> None:
         """Lays the parameters out for `device`, the weights in `dtype`; rotary frequencies stay float32.
 
         int8 is for a CPU alone: the weights of all products are rounded to 8 bits, and the rest is float32.
 
         Each parameter is converted, then dropped, before the next: the peak is the model and one parameter more for
         each thread.
+
+        Args:
+            device, dtype: of the model from now on.
+            after_each: called when some parameters are no longer needed.
         """
         self.device, self.weight_dtype, self.dtype = device, dtype, computed_in(dtype)
         parts: list[SelfAttention | CrossAttention | Projection] = [
@@ -84,18 +89,19 @@ class LanguageModel(nn.Module):
         parts += [
             part for layer in self.transformer.layers for part in layer.children() if isinstance(part, Projection)
         ]
-        # Packing for a CPU uses one core, and most of the time that loading takes.
+        # Packing for a CPU uses one core, and most of the time that loading takes; so the longest begins.
         with ThreadPoolExecutor(torch.get_num_threads() if device.type == "cpu" else 1) as pool:
-            for _ in pool.map(lambda part: part.finalize(device, dtype), parts):
-                pass
-        heads = [head for head in self.linears if isinstance(head, _Head)]
-        weight = torch.cat([head.weight.detach() for head in heads])  # [K * card, dim]
-        biases = [head.bias.detach() for head in heads if head.bias is not None]
-        self._heads = lay_out(weight, torch.cat(biases) if biases else None, device, dtype)
+            packing = [
+                pool.submit(self._finalize_heads),
+                *(pool.submit(part.finalize, device, dtype) for part in parts),
+            ]
+            for packed in packing:
+                packed.result()
+                after_each()
         tables = [e.weight.detach().to(device, self.dtype) for e in self.emb if isinstance(e, nn.Embedding)]
         self._embeddings = torch.cat(tables)  # [K * (card + 1), dim]
         self._first_embedding = torch.arange(self.num_codebooks, device=device) * (self.card + 1)  # [K]
-        del self.linears, self.emb
+        del self.emb
         for parameter in self.parameters():
             parameter.data = parameter.data.to(device, self.dtype)
             parameter.requires_grad_(False)
@@ -104,6 +110,13 @@ class LanguageModel(nn.Module):
                 module.finalize()
         if self.transformer.rope is not None:
             self.transformer.rope.to(device, torch.float32)
+
+    def _finalize_heads(self) -> None:
+        heads = [head for head in self.linears if isinstance(head, _Head)]
+        weight = torch.cat([head.weight.detach() for head in heads])  # [K * card, dim]
+        biases = [head.bias.detach() for head in heads if head.bias is not None]
+        self._heads = lay_out(weight, torch.cat(biases) if biases else None, self.device, self.weight_dtype)
+        del self.linears
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens `[N, K]` -> the sum of their embeddings `[N, dim]`, the special token's included."""

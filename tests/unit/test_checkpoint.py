@@ -39,6 +39,36 @@ def test_an_export_is_read_without_copying_its_tensors(path: Path) -> None:
     assert str(path) in Path("/proc/self/maps").read_text()
 
 
+def mapped_bytes(path: Path) -> int:
+    """Of this file, what this process's memory holds."""
+    held, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0] and not line.split()[0].endswith(":"):
+            here = line.endswith(str(path))
+        elif here and line.startswith("Rss:"):
+            held += int(line.split()[1]) * 1024
+    return held
+
+
+def test_what_was_read_is_released_and_comes_back_from_the_file(path: Path) -> None:
+    config, big = lm_config(), torch.randn(2**20)
+    write_export(path, {**lm_state(config), "big": big}, config)
+    checkpoint = read_checkpoint(path)
+    assert isinstance(checkpoint, Checkpoint)
+    assert torch.equal(checkpoint.state["big"], big)
+    assert mapped_bytes(path) > big.nbytes // 2
+    checkpoint.release()
+    assert mapped_bytes(path) < big.nbytes // 8
+    assert torch.equal(checkpoint.state["big"], big)
+
+
+def test_memory_that_is_no_files_is_never_released() -> None:
+    checkpoint = lm_checkpoint()
+    before = {name: tensor.clone() for name, tensor in checkpoint.state.items()}
+    checkpoint.release()
+    assert all(torch.equal(checkpoint.state[name], tensor) for name, tensor in before.items())
+
+
 def test_the_first_exports_lack_version_and_exported(path: Path) -> None:
     torch.save({"best_state": {"a": torch.zeros(1)}, "xp.cfg": "dim: 3"}, path)
     assert isinstance(read_checkpoint(path), Checkpoint)
