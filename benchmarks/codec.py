@@ -21,6 +21,7 @@ from handler.checkpoint import COMPRESSION_FILE, Checkpoint, read_checkpoint
 from handler.compression import load_encodec
 from handler.compression.encodec import EncodecModel
 from handler.compression.streaming import StreamingDecoder
+from handler.gpu import compute_exactly
 
 COLUMNS = (
     "clip, s",
@@ -56,7 +57,7 @@ def measure(
         repeats: how often.
         with_peer: whether to measure it.
     """
-    torch.backends.cudnn.allow_tf32 = False
+    compute_exactly()
     rate = 0.0
     exported = read_checkpoint(checkpoint / COMPRESSION_FILE)
     assert isinstance(exported, Checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from handler.conditioners.style import StyleConditioner
 from handler.conditioners.t5 import T5Conditioner
 from handler.errors import CheckpointError, RequestError
 from handler.generation import Generation
+from handler.gpu import compute_exactly
 from handler.lm.conditions import FusedConditions
 from handler.lm.decoder import Guidance, Slot
 from handler.lm.model import LanguageModel
@@ -93,6 +95,8 @@ class MusicGen:
         """
         device = serving_device(device)
         dtype = serving_dtype(dtype, device)
+        if device.type == "cuda":
+            compute_exactly()
         lm_file = Path(name)
         if not lm_file.is_file():
             lm_file = resolve(str(name), revision=revision, token=token) / LM_FILE
@@ -352,13 +356,14 @@ class MusicGen:
         if num_frames < 1:
             raise RequestError("duration", f"must hold at least one frame ({1 / self.frame_rate} s)")
         max_frames = int(self.max_duration * self.frame_rate)
-        prompt = self._prompt_codes(clip)
-        if prompt.shape[1] >= min(num_frames, max_frames):
+        prompt_frames = self._prompt_frames(clip)
+        if prompt_frames >= min(num_frames, max_frames):  # before it is encoded, which takes memory by its length
             raise RequestError(
                 "continuation",
-                f"is {prompt.shape[1] / self.frame_rate:g} s long; it must be shorter than the duration asked for "
+                f"is {prompt_frames / self.frame_rate:g} s long; it must be shorter than the duration asked for "
                 f"({params.duration:g} s) and than the model's window ({self.max_duration:g} s)",
             )
+        prompt = self._prompt_codes(clip)
         double = params.cfg_coef_beta is not None
         guided = double or params.cfg_coef != 1.0
         wav = self._wav_input(clip, params)
@@ -421,6 +426,13 @@ class MusicGen:
         first = int(first_frame / self.frame_rate * self.sample_rate)
         samples = torch.arange(first, first + int(self.max_duration * self.sample_rate))
         return replace(wav, wav=wav.wav[samples % len(wav.wav)])
+
+    def _prompt_frames(self, clip: Clip) -> int:
+        """The frames of the audio to continue; the last may be in part."""
+        if clip.continuation is None or clip.continuation_sample_rate is None:
+            return 0
+        frames = clip.continuation.shape[-1] / clip.continuation_sample_rate * self.frame_rate
+        return math.ceil(round(frames, 6))
 
     def _prompt_codes(self, clip: Clip) -> Tensor:
         """The codes of the audio to continue, int64 `[K, P]`."""

@@ -254,7 +254,10 @@ async def whole_clip(events: AsyncIterator[Event]) -> Tensor:
             case Restarted():
                 pieces.clear()
             case Failed(error):
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error, event  # or this frame and the error would hold each other, and all the callers' audio
     return torch.from_numpy(np.concatenate(pieces, axis=1))
 
 

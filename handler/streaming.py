@@ -124,7 +124,10 @@ async def _audio(events: AsyncIterator[Event], pieces: _Pieces) -> AsyncIterator
             case Done():
                 yield await pieces.finish()
             case Failed(error):
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error, event  # or this frame and the error would hold each other, and all the callers' audio
 
 
 async def _events(
@@ -151,7 +154,10 @@ async def _told(event: Event, pieces: _Pieces, about: dict[str, Any], names: Eve
             told = [names.audio(data) for data in [await pieces.finish()] if data]
             told.append(names.done(about))
         case Failed(error):
-            raise error
+            try:
+                raise error
+            finally:
+                del error, event  # as above
         case _:
             told = []
     return [content for content in told if content is not None]

@@ -96,7 +96,7 @@ class Graph:
 class Stream:
     """`torch.cuda.Stream`: everything is done at once."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, priority: int = 0) -> None:
         assert device is None or device.type == "cuda"
 
     def wait_stream(self, stream: Stream) -> None: ...

@@ -19,6 +19,8 @@ from handler.musicgen import MusicGen, serving_device, serving_dtype
 _ROWS_OF_A_REQUEST = 2  # with guidance, as nearly every request has it
 _MOST_ROWS = 3  # with double guidance: a request that any server must be able to hold
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.5, "cuda": 0.85}
+_BESIDE_MELODIES = 3 * 2**30
+"""Of a GPU's memory, kept for the stems of as many melodies as are separated at once."""
 _WEIGHT_FILES = (".bin", ".safetensors")
 
 
@@ -64,7 +66,10 @@ def capacity_for(model: MusicGen, spec: ModelSpec) -> Capacity:
     if model.device.type == "cpu":
         held = [whole_blocks(length) for length in held]
     row_bytes = KVCache.row_bytes(model.lm.config, sum(held), model.device, model.lm.dtype)
-    budget = int(_free_memory(model.device) * _SHARE_OF_FREE_MEMORY[model.device.type])
+    free = _free_memory(model.device)
+    budget = int(free * _SHARE_OF_FREE_MEMORY[model.device.type])
+    if model.device.type == "cuda" and model.melody is not None:
+        budget = min(budget, free - _BESIDE_MELODIES)
     if spec.memory_budget is not None:
         budget = spec.memory_budget - model_bytes(spec)
     rows = min(max(_ROWS_OF_A_REQUEST * spec.max_concurrency, _MOST_ROWS), budget // row_bytes)

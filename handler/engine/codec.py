@@ -37,5 +37,6 @@ class AtOnce(Executor):
 
 
 def _take_a_stream(device: torch.device) -> None:
+    torch.cuda.set_device(device)
     torch.cuda.synchronize(device)  # the weights are there
     torch.cuda.set_stream(torch.cuda.Stream(device))

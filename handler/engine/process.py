@@ -156,17 +156,17 @@ def _load(spec: ModelSpec, emit: Emit, wake: Callable[[], None]) -> tuple[Schedu
 
     from handler.engine.capacity import capacity_for, require_room
     from handler.engine.scheduler import Scheduler
-    from handler.musicgen import MusicGen
+    from handler.musicgen import MusicGen, serving_device
 
-    torch.backends.cudnn.allow_tf32 = False  # or the audio of a GPU would be that of 10-bit convolutions
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
+    device = serving_device(spec.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches where this points, and GPU 0 is not touched by others' workers
     require_room(spec)
     model = MusicGen.get_pretrained(spec.checkpoint, spec.device, spec.dtype, spec.hub_dir)
     capacity = capacity_for(model, spec)
     chunk_frames = max(1, round(spec.chunk_seconds * model.frame_rate))
-    if model.device.type == "cuda":
-        torch.cuda.set_device(model.device)  # Triton launches where this points
     scheduler = Scheduler(
         model, capacity, chunk_frames, spec.max_prompt_tokens, emit, wake, spec.deterministic, spec.cuda_graphs
     )

@@ -134,9 +134,9 @@ class Scheduler:
         )
         self._requests: list[_Request] = []  # by arrival
         self._codec: Executor = codec_executor(model.device)
-        self._preparers = _preparers(PREPARERS)
+        self._preparers = _preparers(PREPARERS, model.device)
         # A request under way does not wait behind those that have not begun.
-        self._followers = _preparers(1)
+        self._followers = _preparers(1, model.device)
         # A few that are used again: memory is kept apart for each stream there ever was.
         self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         if model.device.type == "cuda":
@@ -270,6 +270,8 @@ class Scheduler:
             raise  # the device is good for nobody any more
         except Exception as error:
             self._fail(request, error)
+            # It holds the frames of what failed, and with them the request's audio; some of them hold it in turn.
+            error.__traceback__ = None
 
     def _fail(self, request: _Request, error: Exception) -> None:
         self._forget(request)
@@ -354,5 +356,11 @@ def _pending(request: _Request) -> list[Future[Any]]:
     return [*request.decoding, *([] if request.preparing is None else [request.preparing])]
 
 
-def _preparers(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, "prepare", torch.set_num_threads, (1,))
+def _preparers(count: int, device: torch.device) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "prepare", _settle, (device,))
+
+
+def _settle(device: torch.device) -> None:
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or the thread would go back to GPU 0 after each stream, and take memory there

@@ -98,7 +98,7 @@ class StaticDecoder(Decoder):
             torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         )
         with self._on_device, torch.inference_mode():
-            kernel = attention_kernel(device) if kernel is None else kernel
+            kernel = attention_kernel(device, lm.dtype) if kernel is None else kernel
             fused = fused_step(lm, kernel) if fused is None else fused
             capture = CudaCapture(device) if cuda_graphs and device.type == "cuda" else None
             self._steps = {bucket: self._prepared(bucket, kernel, fused, capture) for bucket in self.buckets}
@@ -110,11 +110,12 @@ class StaticDecoder(Decoder):
         if fused is not None and bucket <= fused.most_rows:
             run = fused.bound_to(self.state, bucket)
             try:
-                return run if capture is None else capture(run)
+                if capture is not None:
+                    return capture(run)
+                run()  # what does not fit this GPU shows now, and not in a request
+                return run
             except Exception:
-                logger.exception(
-                    "the fused decode step of %d rows cannot be captured; the plain one takes longer", bucket
-                )
+                logger.exception("the fused decode step of %d rows cannot be used; the plain one takes longer", bucket)
         plain = partial(plain_step, self.lm, kernel, self.state, bucket)
         return plain if capture is None else capture(plain)
 

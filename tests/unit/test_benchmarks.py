@@ -134,7 +134,7 @@ def test_the_codec_benchmark_compares_equal_audio(checkpoint: Path) -> None:
 def test_a_gpus_decode_codec_and_load_benchmarks_are_one_command_away(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("handler.lm.static_step.attention_kernel", lambda _: MaskedAttention())
+    monkeypatch.setattr("handler.lm.static_step.attention_kernel", lambda *_: MaskedAttention())
     with pretend_cuda() as gpu:
         machine.describe("cuda")
         [decoded] = decode.measure(

@@ -114,7 +114,7 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(kernel: AttentionKernel
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 def test_a_kernel_is_tried_before_it_is_trusted(kernel: AttentionKernel) -> None:
-    check_kernel(kernel, DEVICE)
+    check_kernel(kernel, DEVICE, torch.float16)
 
 
 def test_a_kernel_that_is_wrong_is_found_out() -> None:
@@ -133,4 +133,4 @@ def test_a_kernel_that_is_wrong_is_found_out() -> None:
             return super().over_past(q, k, v, keys, values, rows, positions, past=10)
 
     with pytest.raises(ArithmeticError, match="differs by"):
-        check_kernel(Forgetful(), DEVICE)
+        check_kernel(Forgetful(), DEVICE, torch.float16)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from handler.builders import build_language_model
+from handler.engine.capacity import capacity_for
 from handler.engine.messages import Done, Job
 from handler.engine.process import ModelSpec, _load
 from handler.lm.cpu_step import CpuDecoder
@@ -28,13 +30,24 @@ from tests.unit.test_language_model import conditions_for, window_for
 from tests.unit.test_scheduler import MIXED, Stage, alone, job
 from tests.unit.test_static_step import finish
 
+SPEC = ModelSpec(
+    checkpoint=GOLDENS / "text_mono",
+    hub_dir=GOLDENS / "hub",
+    device="cuda",
+    dtype=None,
+    threads=None,
+    max_concurrency=2,
+    memory_budget=None,
+    max_prompt_tokens=64,
+    chunk_seconds=1.0,
+)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
     """With attention the plain way: interpreted kernels take seconds a step."""
-    monkeypatch.setattr("handler.lm.static_step.attention_kernel", lambda _: MaskedAttention())
+    monkeypatch.setattr("handler.lm.static_step.attention_kernel", lambda *_: MaskedAttention())
     with torch.inference_mode(), pretend_cuda() as mode:
         yield mode
 
@@ -125,20 +138,63 @@ def test_a_narrower_dtype_makes_music_of_nearly_the_same_logits(dtype: str, gpu:
 
 
 def test_the_engine_is_ready_after_its_warm_up(gpu: PretendCuda) -> None:
-    spec = ModelSpec(
-        checkpoint=GOLDENS / "text_mono",
-        hub_dir=GOLDENS / "hub",
-        device="cuda",
-        dtype=None,
-        threads=None,
-        max_concurrency=2,
-        memory_budget=None,
-        max_prompt_tokens=64,
-        chunk_seconds=1.0,
-    )
-    scheduler, card = _load(spec, lambda *_: None, lambda: None)
+    scheduler, card = _load(SPEC, lambda *_: None, lambda: None)
     assert (card.device, card.dtype, card.concurrency) == ("cuda:0", "float16", 2)
     assert isinstance(scheduler.decoder, StaticDecoder)
+
+
+def test_what_is_prepared_or_decoded_beside_the_steps_touches_no_other_gpu(
+    gpu: PretendCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: settled.append((threading.current_thread().name, device))
+    )
+    stage = Stage(on_the_gpu("text_mono"))
+    stage.submit(MIXED[0])
+    stage.finish(MIXED[0].id)
+    assert {name.partition("_")[0] for name, _ in settled} == {"prepare", "codec"}
+    assert {device for _, device in settled} == {DEVICE}
+
+
+def test_melodies_stems_find_memory_beside_the_keys_and_values(
+    gpu: PretendCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * 2**30 + 2**24, 2**33))
+    rows = {
+        name: capacity_for(on_the_gpu(name), replace(SPEC, max_concurrency=1000)).rows
+        for name in ("text_mono", "melody")
+    }
+    assert rows["melody"] < 20 < rows["text_mono"]
+
+
+class DoesNotFit:
+    """A fused step that this GPU has not the room for."""
+
+    most_rows = 16
+
+    def bound_to(self, state: object, bucket: int) -> Callable[[], None]:
+        def run() -> None:
+            raise RuntimeError("out of resource: shared memory")
+
+        return run
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_a_fused_step_that_does_not_fit_is_replaced_before_anybody_asks(
+    cuda_graphs: bool, gpu: PretendCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, on_cpu = on_the_gpu("text_mono"), load("text_mono")
+    window = on_cpu.start(Clip("jazz"), MIXED[0].params).next_window()
+    assert window is not None
+    [group] = window.conditions
+    assert group.cross is not None
+    sizes = (2, 4, window.positions, window.sequence.shape[1], group.cross.shape[1])
+    decoder = StaticDecoder(model.lm, *sizes, cuda_graphs=cuda_graphs, fused=DoesNotFit())  # type: ignore[arg-type]
+    assert "the plain one takes longer" in caplog.text
+    plain = CpuDecoder(on_cpu.lm, *sizes)
+    [actual], [expected] = finish(decoder, [decoder.join(window)]), finish(plain, [plain.join(window)])
+    assert torch.equal(actual.cpu(), expected)
 
 
 if HAS_TRITON:

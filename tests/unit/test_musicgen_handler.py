@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import logging
 import math
 import time
+import weakref
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ import pytest
 import soundfile
 from ts.context import Context
 
+from handler import streaming
 from handler.drain import Drain
 from handler.engine.messages import (
     Audio,
@@ -36,7 +39,7 @@ from handler.engine.messages import (
 )
 from handler.errors import RequestError
 from handler.metrics import Metrics
-from handler.musicgen_handler import MusicGenHandler
+from handler.musicgen_handler import MusicGenHandler, whole_clip
 from handler.reply import Reply
 from handler.request import Limits
 from handler.request_parser import RequestParser
@@ -263,6 +266,35 @@ def test_each_request_is_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
     handled(handler, {"body": {"top_p": 2}}, {**JSON, "x-request-id": "second"})
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split(" in ")[0] for line in lines] == ["request first: ok", "request second: invalid_request"]
+
+
+class Upload:
+    """What a request's frames hold."""
+
+
+@pytest.mark.parametrize("way", ["whole", "audio", "events"])
+def test_what_a_failed_request_held_is_let_go_of_at_once(way: str) -> None:
+    async def events() -> AsyncIterator[Event]:
+        yield Failed(RequestError("eval_q", "must be less"))
+
+    async def answer() -> weakref.ref[Upload]:
+        upload = Upload()
+        try:
+            if way == "whole":
+                await whole_clip(events())
+            elif way == "audio":
+                await anext(aiter(streaming._audio(events(), None)))  # type: ignore[arg-type]
+            else:
+                await streaming._told(await anext(aiter(events())), None, {}, None)  # type: ignore[arg-type]
+        except RequestError:
+            return weakref.ref(upload)
+        raise AssertionError
+
+    gc.disable()
+    try:
+        assert asyncio.run(answer())() is None
+    finally:
+        gc.enable()
 
 
 # ---- streams and the other questions

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -283,6 +285,21 @@ def test_a_request_the_model_raises_on_fails_alone_and_leaves_its_rows(
     failed = pickle.loads(pickle.dumps(stage.events["bad"][-1]))  # as it goes through the engine's pipe
     assert str(failed.error) == "WrongError: 1 2"
     np.testing.assert_array_equal(stage.wav("short"), alone(model, MIXED[0]))
+
+
+def test_the_audio_of_a_refused_request_is_let_go_of_at_once(model: MusicGen) -> None:
+    stage = Stage(model)
+    wav = torch.zeros(1, 64000)
+    held = weakref.ref(wav)
+    refused = replace(job("too long"), clip=Clip("jazz", continuation=wav, continuation_sample_rate=32000))
+    gc.disable()
+    try:
+        stage.submit(refused)
+        stage.finish("too long")
+        del refused, wav
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_a_request_the_model_raises_on_while_it_runs_fails_alone_and_leaves_its_rows(model: MusicGen) -> None:
