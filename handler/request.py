@@ -233,8 +233,9 @@ class GenerationRequest(BaseModel):
                 raise RequestError(field, f"must be at most {audio.seconds:.6g}, the audio's length, not {time:g}")
         start, end = start or 0.0, audio.seconds if end is None else end
         if end - start < 1 / frame_rate:
+            given = [f for f in ("continuation_end", "continuation_start") if getattr(self, f) is not None]
             raise RequestError(
-                "continuation_end" if self.continuation_end is not None else "continuation",
+                given[0] if given else "continuation",
                 f"the excerpt to continue must last at least {1 / frame_rate:.4g} seconds, not {end - start:.4g}",
             )
         if math.ceil((end - start) * frame_rate) >= int(self.duration * frame_rate):

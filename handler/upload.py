@@ -30,7 +30,8 @@ COMMON_SAMPLE_RATE, COMMON_CHANNELS = 48_000, 2
 # A recorder that writes to a pipe cannot know the length: a wav has a huge one then, a flac none.
 _OPEN_ENDED_WAV = 0x7FFF_F000
 _UNKNOWN_FRAMES = 2**63 - 1
-_WAV_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+# Of the samples, or in an RF64 of the whole file.
+_WAV_SIZE = re.compile(r"^(?:data|  Riff size) : (\d+) \(should be (\d+)\)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +146,9 @@ def _check_header(file: soundfile.SoundFile, field: str, min_seconds: float, max
     if not 1 <= file.channels <= MAX_CHANNELS:
         raise RequestError(field, f"it must have from 1 to {MAX_CHANNELS} channels, not {file.channels}")
     # libsndfile trims a wav's length to what is there and tells of it only in its log
-    chunk = _WAV_DATA_CHUNK.search(file.extra_info)
-    if chunk and int(chunk[2]) < int(chunk[1]) < _OPEN_ENDED_WAV:
-        raise RequestError(
-            field, f"the file is truncated: its header tells of {chunk[1]} bytes of samples, {chunk[2]} are there"
-        )
+    size = _WAV_SIZE.search(file.extra_info)
+    if size and int(size[2]) < int(size[1]) < _OPEN_ENDED_WAV:
+        raise RequestError(field, f"the file is truncated: its header tells of {size[1]} bytes, {size[2]} are there")
     if file.frames <= 0:
         raise RequestError(field, "the audio holds no samples")
     if file.frames == _UNKNOWN_FRAMES:

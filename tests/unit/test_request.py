@@ -343,7 +343,7 @@ def test_audio_is_an_uploaded_file_or_base64(field: str, parser: RequestParser) 
         ({"continuation_end": 2.5}, "continuation_end", "at most 2, the audio's length, not 2.5"),
         ({"continuation_start": 1.0, "continuation_end": 1.0}, "continuation_end", "at least 0.02 seconds"),
         ({"continuation_start": 1.5, "continuation_end": 1.0}, "continuation_end", "at least 0.02 seconds"),
-        ({"continuation_start": 1.99}, "continuation", "at least 0.02 seconds"),
+        ({"continuation_start": 1.99}, "continuation_start", "at least 0.02 seconds"),
         ({"duration": 2}, "duration", "counts the excerpt"),
         ({"duration": 1.5}, "duration", "counts the excerpt"),
     ],

@@ -189,6 +189,7 @@ def test_what_cannot_be_taken_is_refused_before_anything_is_decoded(
             (file_of(tone(3.0, rate), rate, container, subtype)[: int(cut)], "truncated")
             for container, subtype, rate, cut in [
                 ("WAV", "PCM_16", 32_000, 9_999),
+                ("RF64", "PCM_16", 32_000, 9_999),
                 ("FLAC", "PCM_16", 32_000, 20_000),
                 ("MP3", "MPEG_LAYER_III", 32_000, 8_000),
                 ("OGG", "OPUS", 48_000, 8_000),
