@@ -102,6 +102,10 @@ class RequestParser:
         return given
 
     def _fields_of_body(self, row: Mapping[str, Any], headers: Mapping[str, str]) -> Mapping[str, Any] | None:
+        if _media_type(headers) == "multipart/form-data" and "boundary=" not in headers["content-type"].lower():
+            raise RequestError(
+                None, "the Content-Type header lacks the form's boundary; do not set the header, your HTTP library does"
+            )
         if is_form(headers) and not row:
             raise RequestError(None, FORM_HELP)
         if not row:

@@ -133,6 +133,12 @@ def test_no_body_and_no_content_type_asks_for_the_description() -> None:
     assert PARSER.parse({}, {}) == DescriptionQuestion()
 
 
+def test_a_form_without_its_boundary_is_told_of_it() -> None:
+    error = refusal({"body": b"--x\r\n"}, {"content-type": "multipart/form-data"})
+    assert error.field is None
+    assert "boundary" in str(error)
+
+
 def test_an_empty_form_explains_how_to_send_a_field() -> None:
     message = str(refusal({}, FORM))
     assert "--json" in message
