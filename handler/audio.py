@@ -23,6 +23,7 @@ LOUDNESS_FLOOR = 2e-3  # RMS under which a signal is taken for silence and left 
 PEAK_HEADROOM = 10 ** (-1 / 20)
 RMS_TARGET = 10 ** (-18 / 20)
 
+BLOCK_SECONDS = 10
 OPUS_SAMPLE_RATE = 48_000
 MP3_QUALITY = 0.4  # of libsndfile: 192 kbit/s, constant; 96 below 32 kHz
 
@@ -53,7 +54,30 @@ def convert_audio(wav: Tensor, from_rate: int, to_rate: int, to_channels: int) -
     Raises:
         ValueError: as `convert_channels`.
     """
-    return convert_channels(julius.resample_frac(wav, from_rate, to_rate), to_channels)
+    return convert_channels(resample(wav, from_rate, to_rate), to_channels)
+
+
+def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
+    """`julius.resample_frac` of `[*, T]`: `[*, T']` with T' = `floor(T * to_rate / from_rate)`.
+
+    Long audio is resampled in blocks, for the convolution takes several times the memory of what it is given. A block
+    is given the samples around it that its own depend on, so that the result is that of the whole.
+    """
+    length, block = wav.shape[-1], BLOCK_SECONDS * from_rate
+    convolution = julius.ResampleFrac(from_rate, to_rate).to(wav)
+    if from_rate == to_rate or length <= 2 * block:
+        return convolution(wav)
+    divisor = math.gcd(from_rate, to_rate)
+    old, new = from_rate // divisor, to_rate // divisor  # so many samples become so many
+    margin = old * math.ceil(convolution.get_buffer("kernel").shape[-1] / old)
+    made = wav.new_empty(*wav.shape[:-1], length * new // old)
+    for first in range(0, length, block):
+        start = max(0, first - margin)
+        piece = convolution(wav[..., start : first + block + margin])
+        piece = piece[..., (first - start) * new // old :]
+        place = made[..., first * new // old : (first + block) * new // old]
+        place.copy_(piece[..., : place.shape[-1]])
+    return made
 
 
 def normalize(wav: Tensor, sample_rate: int, strategy: str) -> Tensor:
@@ -148,7 +172,7 @@ def encode(wav: Tensor, sample_rate: int, audio_format: str, seed: int) -> Encod
     holds, which players follow. Opus takes 48 kHz and not 32, so ogg is resampled.
     """
     if audio_format == "ogg":
-        wav, sample_rate = julius.resample_frac(wav, sample_rate, OPUS_SAMPLE_RATE), OPUS_SAMPLE_RATE
+        wav, sample_rate = resample(wav, sample_rate, OPUS_SAMPLE_RATE), OPUS_SAMPLE_RATE
     pcm = to_int16(wav)
     match audio_format:
         case "wav":

@@ -165,10 +165,15 @@ class MusicGen:
     @property
     def melody(self) -> str | None:
         """The kind of audio a clip's `melody` is: `chroma`, `style`, or None where the model takes none."""
-        conditioner = self.conditioning.wavs.get(SELF_WAV)
-        if conditioner is None:
+        if SELF_WAV not in self.conditioning.wavs:
             return None
-        return "style" if isinstance(conditioner, StyleConditioner) else "chroma"
+        return "chroma" if self.style is None else "style"
+
+    @property
+    def style(self) -> StyleConditioner | None:
+        """The conditioner of a model that takes a style."""
+        conditioner = self.conditioning.wavs.get(SELF_WAV)
+        return conditioner if isinstance(conditioner, StyleConditioner) else None
 
     def prompt_tokens(self, description: str | None) -> int:
         """The tokens of a description, where T5 reads it; else 0."""
@@ -215,8 +220,8 @@ class MusicGen:
         Raises:
             RequestError: if this model takes no style, or for a value out of bounds.
         """
-        style = self.conditioning.wavs.get(SELF_WAV)
-        if not isinstance(style, StyleConditioner):
+        style = self.style
+        if style is None:
             raise RequestError("eval_q", "this model takes no style; use a style model")
         style.params_with(eval_q, excerpt_length, ds_factor, encodec_n_q)
         self.generation_params = replace(
@@ -405,7 +410,7 @@ class MusicGen:
     def _wav_input(self, clip: Clip, params: GenerationParams) -> WavInput | None:
         """The audio a clip is conditioned on, brought to the model's rate and then to mono."""
         conditioner = self.conditioning.wavs.get(SELF_WAV)
-        if not isinstance(conditioner, StyleConditioner):
+        if self.style is None:
             for field in STYLE_FIELDS:
                 if getattr(params, field) is not None:
                     raise RequestError(field, "this model takes no style; use a style model")

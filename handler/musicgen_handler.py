@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from ts.context import Context
 
 from handler import __version__
 from handler.cancel import CancelBoard
+from handler.clip_audio import ClipAudio, audio_of
 from handler.drain import Drain
 from handler.engine.engine import Engine
 from handler.engine.messages import Audio, EngineUnavailableError, Event, Failed, Job, Restarted
@@ -91,7 +92,7 @@ class MusicGenHandler:
             cuda_graphs=settings.cuda_graphs,
         )
         started = time.monotonic()
-        self.engine = Engine(spec, settings.max_queue)
+        self.engine = Engine(spec, settings.max_queue, settings.audio_budget)
         self.engine.start()
         version = context.manifest["model"]["modelVersion"]
         self.board = CancelBoard(f"{self.variant}/{version}", self.engine.cancel)
@@ -109,11 +110,12 @@ class MusicGenHandler:
                 frame_rate=card.frame_rate,
                 window=card.window,
                 melody=card.melody,
+                style_codebooks=card.style.num_codebooks if card.style else 0,
             )
         )
         logger.info("%s ready after %.1f s: %s", self.variant, time.monotonic() - started, card)
 
-    async def handle(self, data: list[Mapping[str, Any]], context: Context) -> list[bytes]:
+    async def handle(self, data: list[dict[str, Any]], context: Context) -> list[bytes]:
         """Answer one request (TorchServe's batch of one); every reply is sent from here, errors included."""
         try:
             with self.metrics.in_flight():
@@ -123,7 +125,7 @@ class MusicGenHandler:
             logger.exception("a request could not be answered")
         return [SENT]
 
-    async def _handle(self, row: Mapping[str, Any], exchange: Exchange) -> None:
+    async def _handle(self, row: dict[str, Any], exchange: Exchange) -> None:
         started = time.monotonic()
         outcome = "ok"
         try:
@@ -138,7 +140,7 @@ class MusicGenHandler:
         self.metrics.request(outcome)
         logger.info("request %s: %s in %.2f s", exchange.request_id, outcome, time.monotonic() - started)
 
-    async def _answer(self, row: Mapping[str, Any], exchange: Exchange) -> None:
+    async def _answer(self, row: dict[str, Any], exchange: Exchange) -> None:
         arrived = time.monotonic()
         if self.failure is not None:
             raise self.failure
@@ -158,26 +160,32 @@ class MusicGenHandler:
                     raise EngineUnavailableError(DRAINING)
                 if request.streams:
                     exchange.require_streams()
-                self.engine.require_place()
-                clip = await asyncio.to_thread(clip_of, request, self.parser.limits.window)
-                deadline = arrived + request.timeout
+                audio = audio_of(request, self.engine.describe())
+                question = replace(question, request=request.without_audio())
+                clip, deadline = Clip(request.prompt or None), arrived + request.timeout
                 job = Job(exchange.request_id, clip, params_of(request), request.streams, deadline)
-                async with aclosing(self.inference(job)) as events:
+                events = self.inference(job, audio)
+                del request, audio  # they hold what was uploaded
+                async with aclosing(events):
                     reply = await self.postprocess(question, events, exchange.request_id)
                     if isinstance(reply, StreamedReply):
                         await exchange.send_stream(reply)
                 if isinstance(reply, Reply):
                     await exchange.send(reply)
 
-    async def preprocess(self, row: Mapping[str, Any], exchange: Exchange) -> Question:
-        """Parse what is asked, off the loop."""
+    async def preprocess(self, row: dict[str, Any], exchange: Exchange) -> Question:
+        """Parse what is asked, off the loop, and empty the row."""
         if exchange.is_model_description:
             return DescriptionQuestion()
-        return await asyncio.to_thread(self.parser.parse, row, exchange.headers)
+        try:
+            return await asyncio.to_thread(self.parser.parse, row, exchange.headers)
+        finally:
+            row.clear()  # TorchServe holds it until the reply has gone out
 
-    async def inference(self, job: Job) -> AsyncGenerator[Event, None]:
+    async def inference(self, job: Job, audio: ClipAudio | None) -> AsyncGenerator[Event, None]:
         """Have the engine make the clip; gives its events as they come."""
-        events = self.engine.generate(job)
+        events = self.engine.generate(job, audio)
+        del audio
         async with aclosing(events), aclosing(self.metrics.timed(events, job.params.duration)) as timed:
             async for event in timed:
                 yield event
@@ -263,22 +271,6 @@ async def whole_clip(events: AsyncIterator[Event]) -> Tensor:
 
 def _assigned_device(gpu_id: int | None) -> str:
     return f"cuda:{gpu_id}" if gpu_id is not None and torch.cuda.is_available() else "cpu"
-
-
-def clip_of(request: GenerationRequest, window: float) -> Clip:
-    """Decode what a request's music is made from; of a melody no more than can be heard of it."""
-    wav, end = request.style, None
-    if request.melody is not None:
-        # What follows the clip's last window changes nothing, nor does it change how that window's end is separated.
-        wav, end = request.melody, request.duration + 2 * window
-    continuation = request.continuation
-    return Clip(
-        description=request.prompt or None,
-        melody=wav.read(end=end) if wav else None,
-        melody_sample_rate=wav.sample_rate if wav else None,
-        continuation=continuation.read(request.continuation_start, request.continuation_end) if continuation else None,
-        continuation_sample_rate=continuation.sample_rate if continuation else None,
-    )
 
 
 def params_of(request: GenerationRequest) -> GenerationParams:

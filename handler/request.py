@@ -58,6 +58,7 @@ class Limits:
         frame_rate: the model's frames a second; a clip has at least one.
         window: seconds the model generates in one go.
         melody: the kind of audio the model is conditioned on, `chroma` or `style`, or None.
+        style_codebooks: the most `eval_q` of a style model; 0: its style is not quantized.
     """
 
     max_duration: float
@@ -68,6 +69,7 @@ class Limits:
     frame_rate: float
     window: float
     melody: str | None = None
+    style_codebooks: int = 6
 
 
 def _open_audio(value: Any, info: ValidationInfo) -> Upload | None:
@@ -112,7 +114,7 @@ class GenerationRequest(BaseModel):
     style: AudioField = None
     """Audio (wav, flac, mp3, ogg) whose style to take, from an excerpt of it."""
     continuation: AudioField = None
-    """Audio (wav, flac, mp3, ogg) to continue."""
+    """Audio (wav, flac, mp3, ogg) to continue; what is continued is shorter than the model's window and `duration`."""
     continuation_start: float | None = Field(default=None, ge=0)
     """Where the excerpt to continue begins in that audio, in seconds; null: at its beginning."""
     continuation_end: float | None = Field(default=None, gt=0)
@@ -137,7 +139,7 @@ class GenerationRequest(BaseModel):
     """Run the two halves of the guidance one after the other."""
     extend_stride: float | None = Field(default=None, gt=0)
     """Seconds a window moves on when a clip is longer than one; null: the model's own."""
-    eval_q: int | None = Field(default=None, ge=1, le=64)
+    eval_q: int | None = Field(default=None, ge=1)
     """How many codebooks describe the style; null: the checkpoint's."""
     excerpt_length: float | None = Field(default=None, gt=0, le=30)
     """Seconds of the style audio that are looked at; null: the checkpoint's."""
@@ -186,7 +188,15 @@ class GenerationRequest(BaseModel):
                 float | None,
                 Field(default=None, ge=shortest, lt=limits.window, description=text["extend_stride"].description),
             ),
+            eval_q=(
+                int | None,
+                Field(default=None, ge=1, le=max(1, limits.style_codebooks), description=text["eval_q"].description),
+            ),
         )
+
+    def without_audio(self) -> GenerationRequest:
+        """The same without what was uploaded."""
+        return self.model_copy(update={"melody": None, "style": None, "continuation": None})
 
     @property
     def streams(self) -> bool:
@@ -221,7 +231,8 @@ class GenerationRequest(BaseModel):
 
     @model_validator(mode="after")
     def _check_excerpt(self, info: ValidationInfo) -> Self:
-        frame_rate = cast(Limits, info.context).frame_rate
+        limits = cast(Limits, info.context)
+        frame_rate = limits.frame_rate
         audio, start, end = self.continuation, self.continuation_start, self.continuation_end
         if audio is None:
             for field in ("continuation_start", "continuation_end"):
@@ -238,7 +249,14 @@ class GenerationRequest(BaseModel):
                 given[0] if given else "continuation",
                 f"the excerpt to continue must last at least {1 / frame_rate:.4g} seconds, not {end - start:.4g}",
             )
-        if math.ceil((end - start) * frame_rate) >= int(self.duration * frame_rate):
+        frames = math.ceil((end - start) * frame_rate)
+        if frames >= int(limits.window * frame_rate):
+            raise RequestError(
+                "continuation",
+                f"the excerpt to continue must be shorter than the model's window of {limits.window:g} seconds, not "
+                f"{end - start:.6g}; choose a part of it with `continuation_start` and `continuation_end`",
+            )
+        if frames >= int(self.duration * frame_rate):
             raise RequestError(
                 "duration",
                 f"counts the excerpt to continue, {end - start:.6g} seconds, and must be longer than it; "

@@ -84,7 +84,7 @@ class Upload:
             raise RequestError(
                 self.field, f"the audio holds samples of {peak:.3g}, where full scale is 1; at most {MAX_LEVEL:g}"
             )
-        return torch.from_numpy(np.array(samples.T, order="C"))
+        return torch.from_numpy(samples.T)
 
 
 def open_upload(

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor, nn
 
 from handler.audio import convert_audio
 from handler.checkpoint import Config
 from handler.compression.pretrained import load_pretrained
 from handler.conditioners.base import WavConditioner, WavInput
+from handler.conditioners.excerpt import excerpt_of
 from handler.conditioners.fuser import Condition
 from handler.conditioners.mert import load_mert
 from handler.conditioners.style_encoder import (
@@ -126,16 +126,14 @@ class StyleConditioner(WavConditioner):
         """
         params = self.params_with(wav.eval_q, wav.excerpt_length, wav.ds_factor, wav.encodec_n_q)
         audio = convert_audio(wav.wav[None], wav.sample_rate, self.sample_rate, 1)  # [1, whole T]
-        samples = self._samples(params)
-        latest = audio.shape[1] - samples
-        if latest < 0:
+        excerpt = excerpt_of(audio, self._samples(params), self.use_middle, wav.seed)
+        if excerpt is None:
             raise RequestError(
                 "excerpt_length",
                 f"an excerpt of {params.excerpt_length:g} s does not fit into audio of "
                 f"{audio.shape[1] / self.sample_rate:g} s; send longer audio, or ask for a shorter excerpt",
             )
-        start = latest // 2 if self.use_middle else excerpt_start(wav.seed, latest)
-        return audio[:, start : start + samples], params
+        return excerpt, params
 
     def encode(self, excerpts: Tensor, params: StyleParams) -> Tensor:
         """Excerpts float32 `[B, T]` at `sample_rate` -> the vectors of their style `[B, L, output_dim]`."""
@@ -192,15 +190,6 @@ class StyleConditioner(WavConditioner):
 
     def _samples(self, params: StyleParams) -> int:
         return int(params.excerpt_length * self.sample_rate)
-
-
-def excerpt_start(seed: int, latest: int) -> int:
-    """Where a request's excerpt begins: a sample from 0 to `latest`, a function of the request's seed alone.
-
-    The reference draws it from Python's global generator, and so differently every time. Philox is keyed here by the
-    seed and 1; by the seed and 0 it draws the tokens.
-    """
-    return int(np.random.Philox(key=seed + (1 << 64)).random_raw()) * (latest + 1) >> 64
 
 
 def build_style(

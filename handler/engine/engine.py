@@ -12,16 +12,19 @@ import signal
 import threading
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from typing import Protocol
+
+import torch
 
 from handler.engine.messages import (
     Audio,
     Cancel,
     Card,
     Close,
-    Command,
     DeadlineExceededError,
     Done,
     EngineBusyError,
@@ -39,15 +42,31 @@ from handler.engine.messages import (
     Restarted,
     Started,
     Status,
+    packed,
     receive,
-    send,
 )
+from handler.engine.outbox import Outbox
 from handler.engine.process import ModelSpec, run
+from handler.params import Clip
 
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries to load the model again
 _GRACE = 5.0  # seconds the process has to leave by itself when the engine is closed
+
+READERS = 2
+"""Threads that read the audio of jobs: each holds one upload decoded, at any rate and of any number of channels."""
+
+
+class UnreadAudio(Protocol):
+    """The audio a job needs and does not have yet."""
+
+    @property
+    def size(self) -> int:
+        """The most bytes it takes, before it is read or after."""
+
+    def added_to(self, clip: Clip) -> Clip:
+        """Reads it; the clip with it. May raise a RequestError."""
 
 
 class Engine:
@@ -61,15 +80,19 @@ class Engine:
     Args:
         spec: what the process loads.
         max_queue: how many jobs may wait besides those that run.
+        audio_budget: bytes of audio that all jobs may have together.
     """
 
-    def __init__(self, spec: ModelSpec, max_queue: int) -> None:
+    def __init__(self, spec: ModelSpec, max_queue: int, audio_budget: int) -> None:
         self._spec = spec
         self._max_queue = max_queue
+        self._audio_budget = audio_budget
+        self._readers = ThreadPoolExecutor(READERS, "read", torch.set_num_threads, (1,))
         self._lock = threading.RLock()
         self._keys = itertools.count()
         self._tickets: dict[str, _Ticket] = {}
         self._connection: Connection | None = None
+        self._outbox: Outbox | None = None
         self._process: SpawnProcess | None = None
         self._card: Card | None = None
         self._unavailable = "the engine has not been started"
@@ -105,21 +128,29 @@ class Engine:
             waiting = len(self._tickets) - running
         return Status(waiting, running, self._load.rows, self._load.steps_per_second, self._restarts)
 
-    async def generate(self, job: Job) -> AsyncGenerator[Event, None]:
+    async def generate(self, job: Job, audio: UnreadAudio | None = None) -> AsyncGenerator[Event, None]:
         """Queues a job and gives its events, the last of which is `Done` or `Failed`.
 
         Leaving the iteration early gives the job up: its rows are free at the next decode step.
+
+        Args:
+            job: all of it but `audio`.
+            audio: that its clip lacks; it is read once the job has its place.
         """
-        ticket = _Ticket(job, asyncio.get_running_loop())
+        ticket = _Ticket(job, 0 if audio is None else audio.size, asyncio.get_running_loop())
         try:
-            # In a thread: a job with much audio takes a while to go through the pipe.
-            key = await asyncio.to_thread(self._admit, ticket)
+            key = self._admit(ticket)
         except (EngineBusyError, EngineUnavailableError) as error:
             yield Failed(error)
             return
         started = time.monotonic()
         event: Event = Started()
         try:
+            if audio is None:
+                self._take_in(key, ticket, job.clip)
+            else:
+                ticket.reading = self._readers.submit(self._read, key, ticket, audio)
+                del audio  # it holds what was uploaded
             while not isinstance(event, Done | Failed):
                 event = await ticket.next_event()
                 yield event
@@ -148,32 +179,49 @@ class Engine:
         if self._process is not None:
             self._process.join(_GRACE)
             self._process.kill()
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _admit(self, ticket: _Ticket) -> str:
-        with self._lock:
-            self.require_place()
-            key = str(next(self._keys))
-            self._tickets[key] = ticket
-            # Under the same lock, or a process that starts just now would be given the job twice.
-            try:
-                self._submit(key, ticket)
-            except BaseException:
-                del self._tickets[key]
-                raise
-        return key
-
-    def require_place(self) -> None:
-        """Whether a job that came now would be queued; asked before work is put into one.
+        """Gives a job its place; the key it goes by.
 
         Raises:
-            EngineBusyError, EngineUnavailableError: it would not.
+            EngineBusyError, EngineUnavailableError: there is none.
         """
         with self._lock:
             if self._card is None or self._unavailable:
                 raise EngineUnavailableError(self._unavailable)
             if len(self._tickets) >= self._card.concurrency + self._max_queue:
-                wait = self._seconds * (1 + self._max_queue / self._card.concurrency)
-                raise EngineBusyError(self._max_queue, max(1, math.ceil(min(wait, 60.0))))
+                raise EngineBusyError(f"{self._max_queue} requests are waiting already", self._wait())
+            audio = sum(other.audio_bytes for other in self._tickets.values())
+            if audio and ticket.audio_bytes > max(0, self._audio_budget - audio):
+                raise EngineBusyError(
+                    f"other requests hold {audio / 2**20:.1f} MiB of audio, this one brings "
+                    f"{ticket.audio_bytes / 2**20:.1f}, and the `audio_budget` is {self._audio_budget / 2**20:g}",
+                    self._wait(),
+                )
+            key = str(next(self._keys))
+            self._tickets[key] = ticket
+        return key
+
+    def _wait(self) -> int:
+        """Seconds after which there may be room again."""
+        concurrency = 1 if self._card is None else self._card.concurrency
+        return max(1, math.ceil(min(self._seconds * (1 + self._max_queue / concurrency), 60.0)))
+
+    def _read(self, key: str, ticket: _Ticket, audio: UnreadAudio) -> None:
+        """Reads a job's audio, in a thread."""
+        try:
+            self._take_in(key, ticket, audio.added_to(ticket.job.clip))
+        except Exception as error:
+            ticket.post(Failed(error.with_traceback(None)))  # its frames hold what was decoded
+
+    def _take_in(self, key: str, ticket: _Ticket, clip: Clip) -> None:
+        """Submits a job that is now complete, if it has not been given up."""
+        message = packed(replace(ticket.job, id=key, clip=clip, arrival=int(key)))
+        with self._lock:
+            if key in self._tickets:
+                ticket.message = message
+                self._submit(key, ticket)
 
     def _submit(self, key: str, ticket: _Ticket) -> None:
         """Gives a job to the process, or holds it back; see `_Ticket`."""
@@ -184,12 +232,12 @@ class Engine:
             suspect = ticket.deaths > 0
             ticket.held = any(other.alone or (suspect and other.deaths > 0) for other in beside)
         if not ticket.held:
-            self._send(replace(ticket.job, id=key, arrival=int(key)))
+            self._send(ticket.message)
 
     def _submit_held(self) -> None:
         """Gives the process what no longer has to be held back; those that run alone go first."""
         for key, ticket in sorted(self._tickets.items(), key=lambda item: not item[1].alone):
-            if ticket.held:
+            if ticket.held and ticket.message is not None:
                 self._submit(key, ticket)
 
     def _withdraw(self, key: str, finished: bool) -> None:
@@ -197,15 +245,17 @@ class Engine:
             known = self._tickets.pop(key, None)
             if known is None:
                 return
-            if not finished:
+            if known.reading is not None:
+                known.reading.cancel()  # if it has not begun
+            if not finished and not known.held:
                 self._send(Cancel(key))
             self._submit_held()
 
-    def _send(self, command: Command) -> None:
+    def _send(self, message: object) -> None:
         # A broken pipe is the supervisor's business: it submits every ticket again.
-        with self._lock, contextlib.suppress(OSError, ValueError):
-            if self._connection is not None:
-                send(self._connection, command)
+        with self._lock:
+            if self._outbox is not None:
+                self._outbox.put(message)
 
     def _spawn(self) -> None:
         """Starts a process, waits until its model is loaded, and gives it all jobs there are."""
@@ -227,6 +277,7 @@ class Engine:
         assert isinstance(first, Ready)
         with self._lock:
             self._process, self._connection, self._card, self._unavailable = process, ours, first.card, ""
+            self._outbox = Outbox(ours)
             for ticket in self._tickets.values():
                 ticket.held = True
             self._submit_held()
@@ -281,14 +332,14 @@ class Engine:
     def _after_death(self) -> None:
         """Decides for each job what a death of the process means to it."""
         with self._lock:
-            process, connection, self._connection = self._process, self._connection, None
+            process, outbox, self._connection, self._outbox = self._process, self._outbox, None, None
             tickets = list(self._tickets.items())
-        if connection is not None:
-            connection.close()
         if process is not None:
             process.kill()  # it may only have closed its pipe
             process.join(_GRACE)
             logger.error("the engine's process died (%s); %d requests are with it", _ending(process), len(tickets))
+        if outbox is not None:
+            outbox.close()
         suspects = [(key, ticket) for key, ticket in tickets if ticket.preparing or ticket.started]
         # With none at work it died of taking one in, and that can have been any it was given.
         suspects = suspects or [(key, ticket) for key, ticket in tickets if not ticket.held]
@@ -320,7 +371,10 @@ class _Ticket:
     """A job under way: the supervisor's end (`post`) and the client's (`next_event`).
 
     Attributes:
-        held: it is not with the process, for another job that may kill it is.
+        audio_bytes: of its audio, at most.
+        message: the job as it goes to the process; None as long as its audio is being read.
+        reading: its audio, in a thread.
+        held: it is not with the process: not complete yet, or another job is that may kill it.
         alone: it was there at two deaths, and must be with the process alone.
         preparing: the process encodes what it is conditioned on, and so may die of it.
         started: the process has begun with its music.
@@ -328,9 +382,13 @@ class _Ticket:
         deaths: how often the process died while it may have died of it.
     """
 
-    def __init__(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, job: Job, audio_bytes: int, loop: asyncio.AbstractEventLoop) -> None:
         self.job = job
-        self.held = self.alone = self.preparing = self.started = self.heard = False
+        self.audio_bytes = audio_bytes
+        self.message: bytes | None = None
+        self.reading: Future[None] | None = None
+        self.held = True
+        self.alone = self.preparing = self.started = self.heard = False
         self.deaths = 0
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()

@@ -15,6 +15,23 @@ from handler.params import Clip, GenerationParams
 
 
 @dataclass(frozen=True, slots=True)
+class StyleCard:
+    """What a style model looks at of a piece of audio.
+
+    Attributes:
+        sample_rate: of the excerpt, in Hz.
+        excerpt_length: its seconds, if the request does not say.
+        use_middle: it is the middle of the audio; else it begins where the request's seed says.
+        num_codebooks: of its quantizer; 0: it has none.
+    """
+
+    sample_rate: int
+    excerpt_length: float
+    use_middle: bool
+    num_codebooks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Card:
     """What the loaded model is; nothing of it changes while the engine lives.
 
@@ -28,6 +45,7 @@ class Card:
         dtype: its language model's number format, as `float32`.
         concurrency: how many requests run together.
         melody: the kind of audio it is conditioned on, `chroma` or `style`; None: none.
+        style: of a style model.
     """
 
     sample_rate: int
@@ -39,6 +57,7 @@ class Card:
     dtype: str
     concurrency: int
     melody: str | None
+    style: StyleCard | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +199,17 @@ class Failed:
 Event = Ready | LoadFailed | Load | Preparing | Prepared | Started | Restarted | Progress | Audio | Done | Failed
 
 
-def send(connection: Connection, message: object) -> None:
-    """Sends what `receive` gives at the other end.
+def packed(message: object) -> bytes:
+    """A message as it goes through a pipe.
 
     `Connection.send` would not do: torch has it pass tensors through shared memory, of which a container has 64 MB.
     """
-    connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+
+
+def send(connection: Connection, message: object) -> None:
+    """Sends what `receive` gives at the other end."""
+    connection.send_bytes(packed(message))
 
 
 def receive(connection: Connection) -> Any:
@@ -198,19 +222,20 @@ class EngineError(Exception):
 
 
 class EngineBusyError(EngineError):
-    """The queue is full.
+    """There is no room for one more job.
 
     Attributes:
-        retry_after: seconds after which a place may be free.
+        reason: what is full.
+        retry_after: seconds after which there may be room.
     """
 
-    def __init__(self, max_queue: int, retry_after: int) -> None:
-        super().__init__(f"{max_queue} requests are waiting already; try again in {retry_after} s")
-        self.max_queue = max_queue
+    def __init__(self, reason: str, retry_after: int) -> None:
+        super().__init__(f"{reason}; try again in {retry_after} s")
+        self.reason = reason
         self.retry_after = retry_after
 
-    def __reduce__(self) -> tuple[type[EngineBusyError], tuple[int, int]]:
-        return type(self), (self.max_queue, self.retry_after)
+    def __reduce__(self) -> tuple[type[EngineBusyError], tuple[str, int]]:
+        return type(self), (self.reason, self.retry_after)
 
 
 class EngineUnavailableError(EngineError):

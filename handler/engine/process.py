@@ -32,6 +32,7 @@ from handler.engine.messages import (
     Load,
     LoadFailed,
     Ready,
+    StyleCard,
     Wake,
     receive,
     send,
@@ -204,4 +205,12 @@ def _card_of(model: MusicGen, concurrency: int) -> Card:
         dtype=str(model.dtype).removeprefix("torch."),
         concurrency=concurrency,
         melody=model.melody,
+        style=_style_card(model),
     )
+
+
+def _style_card(model: MusicGen) -> StyleCard | None:
+    style = model.style
+    if style is None:
+        return None
+    return StyleCard(style.sample_rate, style.params.excerpt_length, style.use_middle, style.num_codebooks)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from handler.conditioners import style as style_module
+from handler.conditioners import excerpt as excerpt_module
 from handler.conditioners.base import WavInput
 from handler.conditioners.fuser import Condition
 from handler.conditioners.style import StyleConditioner
@@ -85,7 +85,7 @@ def test_style_of_an_excerpt_from_a_drawn_start(
 ) -> None:
     start = int(golden["random_start_seed1234"])
     monkeypatch.setattr(conditioner, "use_middle", False)
-    monkeypatch.setattr(style_module, "excerpt_start", lambda seed, latest: start)
+    monkeypatch.setattr(excerpt_module, "excerpt_start", lambda seed, latest: start)
     assert_recorded(conditioner, golden, "random_seed1234")
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import julius
 import numpy as np
 import pytest
 import soundfile
@@ -37,6 +38,16 @@ def test_conversion_equals_the_reference() -> None:
     ]:
         converted = audio.convert_audio(given, from_rate, to_rate, arrays[wanted].shape[0])
         torch.testing.assert_close(converted, arrays[wanted], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("from_rate", "to_rate"), [(48_000, 32_000), (44_100, 32_000), (8_000, 32_000), (22_050, 24_000), (192_000, 32_000)]
+)
+@pytest.mark.parametrize("seconds", [20.0, 20.01, 30.0, 33.3])
+def test_long_audio_is_resampled_in_blocks_that_do_not_show(from_rate: int, to_rate: int, seconds: float) -> None:
+    wav = torch.randn(2, int(seconds * from_rate), generator=torch.Generator().manual_seed(1))
+    whole = julius.resample_frac(wav, from_rate, to_rate)
+    torch.testing.assert_close(audio.resample(wav, from_rate, to_rate), whole, atol=1e-6, rtol=0)
 
 
 def test_channels_follow_the_reference_rules() -> None:

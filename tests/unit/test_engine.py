@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -38,6 +40,7 @@ from handler.engine.messages import (
     send,
 )
 from handler.engine.process import ModelSpec
+from handler.errors import RequestError
 from handler.params import Clip, GenerationParams
 from tests.parity.models import GOLDENS
 
@@ -59,7 +62,7 @@ def spec(**changes: object) -> ModelSpec:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine(spec(), max_queue=3)
+    engine = Engine(spec(), max_queue=3, audio_budget=2**20)
     engine.start()
     yield engine
     process = engine_process()
@@ -185,6 +188,88 @@ def test_a_full_queue_answers_at_once(engine: Engine) -> None:
     asyncio.run(run())
 
 
+@dataclass
+class Recording:
+    """Audio to continue, whose reading waits until it may go on."""
+
+    size: int = 2**19
+    may_go_on: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+
+    def added_to(self, clip: Clip) -> Clip:
+        assert self.may_go_on.wait(30)
+        if self.error is not None:
+            raise self.error
+        return replace(clip, continuation=torch.zeros(1, 6_400), continuation_sample_rate=32_000)
+
+
+async def read_later(engine: Engine, wanted: Job, audio: Recording) -> list[Event]:
+    return [event async for event in engine.generate(wanted, audio)]
+
+
+def test_while_a_request_s_audio_is_read_others_run_and_it_can_be_given_up(engine: Engine) -> None:
+    async def run() -> None:
+        recordings = [Recording() for _ in range(2)]
+        slow = [asyncio.create_task(read_later(engine, job(f"slow{i}"), each)) for i, each in enumerate(recordings)]
+        wav_of(await events_of(engine, job("beside")))
+        assert engine.status().waiting == 2
+        assert engine.cancel("slow0")
+        assert isinstance(error_of(await slow[0]), JobCancelledError)
+        late = await read_later(engine, job("late", deadline=time.monotonic() + 0.1), Recording(size=1))
+        assert isinstance(error_of(late), DeadlineExceededError)
+        for recording in recordings:
+            recording.may_go_on.set()
+        wav_of(await slow[1])
+
+    asyncio.run(run())
+
+
+def test_a_request_whose_audio_is_being_read_outlives_the_engine(engine: Engine) -> None:
+    async def run() -> None:
+        recording = Recording()
+        recording.may_go_on.set()
+        expected = wav_of(await read_later(engine, job("alone"), recording))
+        recording.may_go_on.clear()
+        reading = asyncio.create_task(read_later(engine, job("again"), recording))
+        await asyncio.sleep(0.1)
+        restarts = engine.status().restarts
+        kill_engine()
+        while engine.status().restarts == restarts:
+            await asyncio.sleep(0.01)
+        recording.may_go_on.set()
+        events = await reading
+        np.testing.assert_array_equal(wav_of(events), expected)
+        assert not any(isinstance(event, Restarted) for event in events)
+
+    asyncio.run(run())
+
+
+def test_audio_that_cannot_be_read_ends_its_request(engine: Engine) -> None:
+    recording = Recording(error=RequestError("continuation", "is damaged"))
+    recording.may_go_on.set()
+    error = error_of(asyncio.run(read_later(engine, job("damaged"), recording)))
+    assert isinstance(error, RequestError)
+    assert error.field == "continuation"
+
+
+def test_audio_beyond_the_budget_is_refused_before_it_is_read(engine: Engine) -> None:
+    async def run() -> None:
+        first = Recording(size=2**20 + 1)  # alone, it is taken: its own bounds have let it in
+        waiting = asyncio.create_task(read_later(engine, job("first"), first))
+        await asyncio.sleep(0.1)
+        error = error_of(await read_later(engine, job("second"), Recording(size=1)))
+        assert isinstance(error, EngineBusyError)
+        assert "hold 1.0 MiB of audio" in str(error)
+        assert "`audio_budget` is 1" in str(error)
+        first.may_go_on.set()
+        wav_of(await events_of(engine, job("without audio")))
+        wav_of(await waiting)
+        first.size = 2**20
+        wav_of(await read_later(engine, job("after"), first))
+
+    asyncio.run(run())
+
+
 def test_a_deadline_frees_the_rows(engine: Engine) -> None:
     async def run() -> None:
         started = time.monotonic()
@@ -290,7 +375,7 @@ def test_a_model_that_cannot_be_loaded_tells_why(tmp_path: Path) -> None:
     with pytest.raises(
         EngineUnavailableError, match=r"the model could not be loaded: CheckpointError: .*state_dict.bin"
     ):
-        Engine(spec(checkpoint=tmp_path), max_queue=1).start()
+        Engine(spec(checkpoint=tmp_path), max_queue=1, audio_budget=2**20).start()
 
 
 @pytest.mark.parametrize(
@@ -302,4 +387,4 @@ def test_a_model_that_cannot_be_loaded_tells_why(tmp_path: Path) -> None:
 )
 def test_a_budget_too_small_is_refused_with_the_numbers(mebibytes: int, complaint: str) -> None:
     with pytest.raises(EngineUnavailableError, match=complaint):
-        Engine(spec(memory_budget=mebibytes * 2**20), max_queue=1).start()
+        Engine(spec(memory_budget=mebibytes * 2**20), max_queue=1, audio_budget=2**20).start()

@@ -117,7 +117,7 @@ def test_a_clip_that_is_begun_anew_has_waited_once(clock: Clock) -> None:
 
 def test_a_clip_that_is_not_finished_makes_no_audio(clock: Clock) -> None:
     metrics, measured = metrics_and_measured()
-    timed(metrics, clock, (1.0, Failed(EngineBusyError(64, 3))))
+    timed(metrics, clock, (1.0, Failed(EngineBusyError("64 requests are waiting already", 3))))
     assert measured == []
     timed(metrics, clock, (1.0, Started()), (1.0, AUDIO), (1.0, Failed(RuntimeError("x"))))
     assert (measured.of("audio_seconds_total"), measured.of("real_time_factor")) == ([], [])

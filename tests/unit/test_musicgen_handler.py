@@ -12,6 +12,7 @@ import math
 import time
 import weakref
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,9 @@ import soundfile
 from ts.context import Context
 
 from handler import streaming
+from handler.clip_audio import ClipAudio
 from handler.drain import Drain
+from handler.engine.engine import UnreadAudio
 from handler.engine.messages import (
     Audio,
     Card,
@@ -36,12 +39,13 @@ from handler.engine.messages import (
     JobCancelledError,
     Progress,
     Started,
+    StyleCard,
 )
 from handler.errors import RequestError
 from handler.metrics import Metrics
 from handler.musicgen_handler import MusicGenHandler, whole_clip
 from handler.reply import Reply
-from handler.request import Limits
+from handler.request import GenerationRequest, Limits
 from handler.request_parser import RequestParser
 from handler.torchserve_compat import SENT, LockedSocket
 from tests.unit.test_metrics import METRICS_YAML, Measurements, context_with
@@ -66,14 +70,18 @@ class WoodenEngine:
         self.jobs: list[Job] = []
         self.left = 0
         self.full = False
+        self.style: StyleCard | None = None
         self.measured = Measurements()
 
-    def require_place(self) -> None:
+    async def generate(self, job: Job, audio: UnreadAudio | None = None) -> AsyncIterator[Event]:
         if self.full:
-            raise EngineBusyError(64, 7)
-
-    async def generate(self, job: Job) -> AsyncIterator[Event]:
-        self.jobs.append(job)
+            yield Failed(EngineBusyError("64 requests are waiting already", 7))
+            return
+        try:
+            self.jobs.append(job if audio is None else replace(job, clip=audio.added_to(job.clip)))
+        except RequestError as error:
+            yield Failed(error)
+            return
         try:
             for event in self.events:
                 if isinstance(event, BaseException):
@@ -83,7 +91,7 @@ class WoodenEngine:
             self.left += 1
 
     def describe(self) -> Card:
-        return Card(32_000, 1, 50.0, 30.0, ("description",), "cpu", "float32", 8, None)
+        return Card(32_000, 1, 50.0, 30.0, ("description",), "cpu", "float32", 8, None, self.style)
 
 
 def handler_with(*events: Event | BaseException, melody: str | None = None) -> tuple[MusicGenHandler, WoodenEngine]:
@@ -101,7 +109,7 @@ def handled(handler: MusicGenHandler, row: Mapping[str, Any], headers: Mapping[s
     """The first message of the reply, with the whole reply's body."""
     raw: Any = FakeSocket()
     context: Context = context_of(headers, LockedSocket(raw))
-    assert asyncio.run(handler.handle([row], context)) == [SENT]
+    assert asyncio.run(handler.handle([dict(row)], context)) == [SENT]
     messages = messages_in(raw.data)
     messages[0].body = b"".join(message.body for message in messages)
     assert messages[-1].headers["ts_stream_next"] == "false"
@@ -165,17 +173,18 @@ def test_a_melody_reaches_the_engine_as_far_as_it_can_be_heard() -> None:
     short, long = (job.clip for job in engine.jobs)
     assert short.melody is not None
     assert long.melody is not None
-    assert (short.melody.shape, long.melody.shape) == ((2, 40_000), (2, 70 * 8_000))
-    assert short.melody_sample_rate == long.melody_sample_rate == 8_000
+    assert (short.melody.shape, long.melody.shape) == ((1, 5 * 32_000), (1, 70 * 32_000))
+    assert short.melody_sample_rate == long.melody_sample_rate == 32_000
 
 
-def test_a_style_reaches_the_engine_whole_with_how_to_look_at_it() -> None:
+def test_an_excerpt_of_a_style_reaches_the_engine_with_how_to_look_at_it() -> None:
     handler, engine = handler_with(*CLIP, melody="style")
+    engine.style = StyleCard(32_000, 3.0, True, 6)
     body = {"style": flac_of(90), "eval_q": 2, "excerpt_length": 1.5, "ds_factor": 5, "cfg_coef_beta": 4.0}
     assert handled(handler, {"body": body}, JSON).status == 200
     [job] = engine.jobs
     assert job.clip.melody is not None
-    assert job.clip.melody.shape == (2, 90 * 8_000)
+    assert job.clip.melody.shape == (1, 48_000)
     params = job.params
     assert (params.eval_q, params.excerpt_length, params.ds_factor, params.cfg_coef_beta) == (2, 1.5, 5, 4.0)
 
@@ -186,8 +195,36 @@ def test_the_part_to_continue_reaches_the_engine() -> None:
     assert handled(handler, {"body": body}, JSON).status == 200
     [job] = engine.jobs
     assert job.clip.continuation is not None
-    assert (job.clip.continuation.shape, job.clip.continuation_sample_rate) == ((2, 12_000), 8_000)
+    assert (job.clip.continuation.shape, job.clip.continuation_sample_rate) == ((1, 48_000), 32_000)
     assert job.clip.melody is None
+
+
+def test_what_was_uploaded_is_let_go_of_while_the_clip_is_made() -> None:
+    async def ask() -> None:
+        handler, engine = handler_with(melody="chroma")
+        body = {"melody": bytearray(base64.b64decode(flac_of(5))), "duration": b"2"}
+        held: list[weakref.ref[GenerationRequest]] = []
+
+        async def generate(job: Job, audio: ClipAudio | None) -> AsyncIterator[Event]:
+            assert audio is not None
+            held.append(weakref.ref(audio.request))
+            del audio
+            yield Started()
+            await asyncio.sleep(0)
+            assert (held[0](), body) == (None, {})
+            yield from_the_end
+
+        from_the_end: Event = Failed(JobCancelledError("was cancelled"))
+        engine.generate = generate  # type: ignore[assignment,method-assign]
+        context = context_of({"content-type": "multipart/form-data; boundary=x"}, LockedSocket(FakeSocket()))  # type: ignore[arg-type]
+        assert await handler.handle([body], context) == [SENT]
+        assert outcomes(engine) == ["cancelled"]
+
+    gc.disable()
+    try:
+        asyncio.run(ask())
+    finally:
+        gc.enable()
 
 
 def test_audio_that_turns_out_damaged_is_the_client_s_error() -> None:
@@ -211,7 +248,7 @@ def test_a_full_engine_refuses_before_any_audio_is_decoded() -> None:
 @pytest.mark.parametrize(
     ("event", "status"),
     [
-        (Failed(EngineBusyError(64, 3)), 503),
+        (Failed(EngineBusyError("64 requests are waiting already", 3)), 503),
         (Failed(RequestError("prompt", "must be shorter")), 400),
         (Failed(DeadlineExceededError("its timeout passed")), 504),
         (Failed(JobCancelledError("was cancelled")), 499),

@@ -111,7 +111,7 @@ def test_a_description_is_json() -> None:
         (UnknownPathError(None, "there is nothing"), 404, "not_found", None),
         (MediaTypeError(None, "is not read"), 415, "unsupported_media_type", None),
         (UnknownRequestError("id", "no request of this id"), 404, "unknown_request", "id"),
-        (EngineBusyError(64, 5), 503, "busy", None),
+        (EngineBusyError("64 requests are waiting already", 5), 503, "busy", None),
         (EngineUnavailableError("the engine is closing"), 503, "unavailable", None),
         (DeadlineExceededError("its timeout passed"), 504, "deadline_exceeded", None),
         (JobCancelledError("was cancelled"), 499, "cancelled", None),
@@ -124,7 +124,7 @@ def test_an_error_is_json_with_its_status_and_field(error: Exception, status: in
 
 
 def test_a_busy_server_says_when_to_come_back() -> None:
-    assert error_reply(EngineBusyError(64, 5), "id-1").headers == {"retry-after": "5"}
+    assert error_reply(EngineBusyError("64 requests are waiting already", 5), "id-1").headers == {"retry-after": "5"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("secret path /root"), KeyError("x"), MemoryError(), SystemExit(1)])

@@ -164,7 +164,13 @@ def test_no_event_is_without_audio_to_tell(names: EventNames) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [EngineBusyError(64, 5), RequestError("prompt", "is too long"), DeadlineExceededError("x"), MemoryError()]
+    "error",
+    [
+        EngineBusyError("64 requests are waiting already", 5),
+        RequestError("prompt", "is too long"),
+        DeadlineExceededError("x"),
+        MemoryError(),
+    ],
 )
 @pytest.mark.parametrize("stream_format", ["audio", "sse"])
 def test_what_fails_before_it_begins_is_no_stream(error: Exception, stream_format: str) -> None:

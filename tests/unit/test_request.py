@@ -465,8 +465,8 @@ def test_how_to_look_at_a_style_needs_one(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("fields", "field", "complaint"),
     [
-        ({"eval_q": 0}, "eval_q", "from 1 to 64, not 0"),
-        ({"eval_q": 65}, "eval_q", "from 1 to 64, not 65"),
+        ({"eval_q": 0}, "eval_q", "from 1 to 6, not 0"),
+        ({"eval_q": 7}, "eval_q", "from 1 to 6, not 7"),
         ({"excerpt_length": 0}, "excerpt_length", "above 0"),
         ({"excerpt_length": 30.5}, "excerpt_length", "to 30"),
         ({"ds_factor": 0}, "ds_factor", "from 1 to 1000"),
@@ -486,7 +486,7 @@ def test_a_style_looked_at_out_of_bounds_is_refused(fields: dict[str, Any], fiel
 
 
 @pytest.mark.parametrize(
-    "fields", [{"ds_factor": 1}, {"excerpt_length": 30}, {"excerpt_length": 30, "ds_factor": 5}, {"eval_q": 64}]
+    "fields", [{"ds_factor": 1}, {"excerpt_length": 30}, {"excerpt_length": 30, "ds_factor": 5}, {"eval_q": 6}]
 )
 def test_up_to_512_vectors_of_style_are_taken(fields: dict[str, Any]) -> None:
     assert parse_json({"style": SHORT_STYLE, **fields}, STYLE_PARSER).style is not None

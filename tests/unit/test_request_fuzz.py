@@ -13,8 +13,11 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from handler.clip_audio import audio_of
+from handler.engine.messages import Card, StyleCard
 from handler.errors import RequestError
-from handler.musicgen_handler import clip_of, params_of
+from handler.musicgen_handler import params_of
+from handler.params import Clip
 from handler.question import CancelQuestion, ClipQuestion
 from handler.reply import error_reply
 from handler.request import ALIASES, GenerationRequest, Limits
@@ -27,6 +30,7 @@ PARSERS = {
     "style": RequestParser(Limits(120.0, 600.0, 512, 100_000, 10.0, 50.0, 30.0, "style")),
     "continuation": RequestParser(Limits(120.0, 600.0, 512, 100_000, 10.0, 50.0, 30.0)),
 }
+CARD = Card(32_000, 1, 50.0, 30.0, (), "cpu", "float32", 8, "style", StyleCard(32_000, 3.0, False, 6))
 NAMES = [*GenerationRequest.model_fields, *ALIASES]
 FUZZ = settings(
     max_examples=600, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
@@ -107,10 +111,15 @@ our_rows = st.dictionaries(our_names, form_values | values, max_size=4)
 our_paths = st.sampled_from(["v1/audio/speech", "v1/models", "cancel"])
 
 
+def clip_of(question: ClipQuestion) -> Clip:
+    clip, audio = Clip(question.request.prompt), audio_of(question.request, CARD)
+    return clip if audio is None else audio.added_to(clip)
+
+
 def check(row: dict[str, Any], headers: dict[str, str], parser: RequestParser) -> None:
     try:
         question = parser.parse(row, headers)
-        clip = clip_of(question.request, 30.0) if isinstance(question, ClipQuestion) else None
+        clip = clip_of(question) if isinstance(question, ClipQuestion) else None
     except RequestError as error:
         reply = error_reply(error, "id")
         assert reply.status in (400, 404, 415)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from handler.checkpoint import Config
 from handler.conditioners.base import WavInput
+from handler.conditioners.excerpt import excerpt_start
 from handler.conditioners.mert import load_mert, shortest_audio
-from handler.conditioners.style import StyleConditioner, build_style, excerpt_start
+from handler.conditioners.style import StyleConditioner, build_style
 from handler.conditioners.style_encoder import EncodecFeatures, StyleQuantizer
 from handler.errors import CheckpointError, RequestError
 
