@@ -16,8 +16,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 serve: .venv/serving
 	exec $(BIN)/python -m archive_scripts serve $(VARIANT) --port $(PORT) --open
 
+# Half of the time a test waits for a server to start or to end, so two files run at once, on a core each.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 load: .venv/development
 	$(BIN)/python -m pytest -m load --capture=no

@@ -190,7 +190,7 @@ def test_a_field_of_another_model_is_an_error_that_names_the_models_that_take_it
 @pytest.mark.parametrize(
     ("fields", "field", "complaint"),
     [
-        ({"eval_q": 7}, "eval_q", "1 to this model's 6"),
+        ({"eval_q": 7}, "eval_q", "from 1 to 6, not 7"),
         ({"excerpt_length": 2.5}, "excerpt_length", "does not fit into audio of 2 s"),
         ({}, "excerpt_length", "an excerpt of 3 s does not fit"),
         ({"excerpt_length": 0.001}, "excerpt_length", "at least"),

@@ -8,7 +8,9 @@ import pytest
 from handler.drain import FOLDER, SERVER, Drain, version_file, worker_file
 
 
-@pytest.mark.parametrize("name", [SERVER, version_file("small", "1.0"), worker_file(os.getpid())])
+@pytest.mark.parametrize(
+    "name", [SERVER, version_file("small", "1.0"), worker_file(os.getpid())], ids=["server", "version", "worker"]
+)
 def test_a_worker_drains_while_it_is_asked_to(name: str, tmp_path: Path) -> None:
     drain = Drain(tmp_path, "small", "1.0")
     assert not drain.requested

@@ -53,7 +53,7 @@ def main():
     handler = MusicGenHandler()
     handler.initialize(context)
     job = Job("one", Clip("jazz"), GenerationParams(duration=0.2, seed=1))
-    wav = asyncio.run(whole_clip(handler.inference(job)))
+    wav = asyncio.run(whole_clip(handler.inference(job, None)))
     handler.engine.close()
     print(json.dumps(list(wav.shape)))
 
