@@ -90,6 +90,7 @@ class MusicGenHandler:
             chunk_seconds=settings.stream_chunk_seconds,
             deterministic=settings.deterministic,
             cuda_graphs=settings.cuda_graphs,
+            patience=settings.timeout,  # by then every request in it has been given up
         )
         started = time.monotonic()
         self.engine = Engine(spec, settings.max_queue, settings.audio_budget)

@@ -6,7 +6,9 @@ it. It leaves by itself when the pipe closes: TorchServe ends workers by SIGKILL
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import math
 import os
 import queue
 import signal
@@ -16,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -37,6 +40,7 @@ from handler.engine.messages import (
     receive,
     send,
 )
+from handler.engine.watchdog import Watchdog
 from handler.params import Clip, GenerationParams
 
 if TYPE_CHECKING:
@@ -65,6 +69,7 @@ class ModelSpec:
         max_prompt_tokens: the longest text, which a prepended condition must find room for.
         chunk_seconds: seconds of one chunk of audio.
         deterministic, cuda_graphs: of the decode step on a GPU, see `StaticDecoder`.
+        patience: seconds after which a turn of the scheduler counts as hanging, and ends the process.
     """
 
     checkpoint: Path
@@ -78,6 +83,7 @@ class ModelSpec:
     chunk_seconds: float
     deterministic: bool = True
     cuda_graphs: bool = True
+    patience: float = math.inf
 
 
 def run(connection: Connection, spec: ModelSpec) -> None:
@@ -102,13 +108,19 @@ def run(connection: Connection, spec: ModelSpec) -> None:
         return
     emit("", Ready(card))
     try:
-        _serve(scheduler, commands, emit)
+        _serve(scheduler, commands, emit, Watchdog(spec.patience, partial(_give_up, spec.patience)))
     except BaseException:
         logger.exception("the engine cannot go on")
         os._exit(1)  # at once: an orderly end would first wait for all that is being prepared
 
 
-def _serve(scheduler: Scheduler, commands: queue.SimpleQueue[Command], emit: Emit) -> NoReturn:
+def _give_up(patience: float) -> NoReturn:
+    logger.error("a decode step has taken more than %g s; the engine ends, and another takes its place", patience)
+    faulthandler.dump_traceback()
+    os._exit(1)
+
+
+def _serve(scheduler: Scheduler, commands: queue.SimpleQueue[Command], emit: Emit, watchdog: Watchdog) -> NoReturn:
     """Makes decode steps, and obeys in between."""
     rounds, since = 0, time.monotonic()
     while True:
@@ -120,7 +132,8 @@ def _serve(scheduler: Scheduler, commands: queue.SimpleQueue[Command], emit: Emi
             _obey(scheduler, commands.get())
         if rounds == 0:
             since = time.monotonic()
-        scheduler.round()
+        with watchdog.turn():
+            scheduler.round()
         rounds += 1
         elapsed = time.monotonic() - since
         if elapsed >= LOAD_SECONDS:

@@ -352,20 +352,28 @@ class _Raising:
         raise ArithmeticError("a decode step failed")
 
 
-def _run_raising(connection: Connection, never: bool) -> None:
-    _Raising.busy = not never
-    process._load = lambda *_: (_Raising(), "card")  # type: ignore[assignment]
-    process.run(connection, spec())
+class _Hanging(_Raising):
+    """A scheduler whose round never ends."""
+
+    def round(self) -> None:
+        time.sleep(300)
 
 
-@pytest.mark.parametrize("never", [False, True], ids=["a step that raises", "a command nobody understands"])
-def test_what_the_process_cannot_go_on_after_ends_it_at_once(never: bool) -> None:
+def _run_broken(connection: Connection, how: str) -> None:
+    _Raising.busy = how != "a command nobody understands"
+    scheduler = _Hanging() if how == "a step that hangs" else _Raising()
+    process._load = lambda *_: (scheduler, "card")  # type: ignore[assignment]
+    process.run(connection, spec(patience=1.0))
+
+
+@pytest.mark.parametrize("how", ["a step that raises", "a step that hangs", "a command nobody understands"])
+def test_what_the_process_cannot_go_on_after_ends_it_at_once(how: str) -> None:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_run_raising, args=(theirs, never))
+    child = context.Process(target=_run_broken, args=(theirs, how))
     child.start()
     theirs.close()
-    if never:
+    if how == "a command nobody understands":
         ours.send_bytes(b"gibberish")
     child.join(60)
     assert child.exitcode == 1
