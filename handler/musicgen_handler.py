@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 _EXPLAINED = (SettingsError, EngineUnavailableError, OSError)
 """Errors whose first line tells a person what is wrong."""
 
+SHORTEST_PATIENCE = 60.0
+"""Seconds that a decode step may take at least, however short the timeout of requests is: a prefill takes some."""
 
 DRAINING = "this worker is about to stop and takes no more; try again"
 
@@ -90,7 +92,7 @@ class MusicGenHandler:
             chunk_seconds=settings.stream_chunk_seconds,
             deterministic=settings.deterministic,
             cuda_graphs=settings.cuda_graphs,
-            patience=settings.timeout,  # by then every request in it has been given up
+            patience=max(settings.timeout, SHORTEST_PATIENCE),  # by then every request in it has been given up
         )
         started = time.monotonic()
         self.engine = Engine(spec, settings.max_queue, settings.audio_budget)

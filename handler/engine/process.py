@@ -6,12 +6,14 @@ it. It leaves by itself when the pipe closes: TorchServe ends workers by SIGKILL
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import logging
 import math
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -54,6 +56,9 @@ WARM_UP_SECONDS = 0.2
 
 LOAD_SECONDS = 1.0
 """Between two reports of how busy the process is."""
+
+QUIET_SECONDS = 1.0
+"""Without a command or a step, before memory is given back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +134,7 @@ def _serve(scheduler: Scheduler, commands: queue.SimpleQueue[Command], emit: Emi
             if not scheduler.busy and rounds:
                 emit("", Load(0, 0.0))
                 rounds = 0
-            _obey(scheduler, commands.get())
+            _obey(scheduler, _next(commands))
         if rounds == 0:
             since = time.monotonic()
         with watchdog.turn():
@@ -139,6 +144,16 @@ def _serve(scheduler: Scheduler, commands: queue.SimpleQueue[Command], emit: Emi
         if elapsed >= LOAD_SECONDS:
             emit("", Load(scheduler.rows, rounds / elapsed))
             rounds, since = 1, time.monotonic()
+
+
+def _next(commands: queue.SimpleQueue[Command]) -> Command:
+    """Waits for a command; once all is quiet, memory that is free goes back to the system, as glibc would keep it."""
+    try:
+        return commands.get(timeout=QUIET_SECONDS)
+    except queue.Empty:
+        if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+            trim(0)
+    return commands.get()
 
 
 def _read(connection: Connection, commands: queue.SimpleQueue[Command]) -> None:

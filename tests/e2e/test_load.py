@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import pytest
 from tqdm import tqdm
 
 from archive_scripts.pack import pack
+from handler.engine.process import QUIET_SECONDS
 from tests.e2e.conftest import GOLDENS, Server, run_server
 from tests.e2e.mixture import mixture
 
@@ -55,6 +57,7 @@ def test_memory_is_flat_over_a_thousand_requests(melody_server: Server) -> None:
             for reply in pool.map(lambda body: melody_server.post("melody", **body), bodies):
                 assert reply.status_code == 200, reply.text
                 bar.update()
+            time.sleep(2 * QUIET_SECONDS)  # the engine gives back what it no longer uses
             history.append(mebibytes())
             tqdm.write(
                 f"after {bar.n:4d}: " + ", ".join(f"{name} {size:.0f} MiB" for name, size in history[-1].items())
