@@ -244,6 +244,25 @@ def test_a_port_that_is_taken_is_named_and_its_server_not_disturbed(
 # ---- clients that misbehave
 
 
+def test_bodies_beyond_java_s_memory_are_refused_and_no_other_request_is_disturbed(
+    archives: list[Path], expected: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Xmx192m")
+    body = os.urandom(50_000_000)
+
+    def flood(server: Server) -> int:
+        return requests.post(server.url(), data=SHORT, files={"continuation": body}, timeout=TIMEOUT).status_code
+
+    with own_server(archives[:1]) as server, ThreadPoolExecutor(16) as pool:
+        alone = server.post(**LONG).content
+        under_way = pool.submit(lambda: server.post(**LONG))
+        statuses = list(pool.map(lambda _: flood(server), range(12)))
+        assert 507 in statuses
+        assert set(statuses) <= {400, 507}  # one that finds room is larger than an upload may be
+        assert under_way.result().content == alone
+        assert server.post(**SHORT).content == expected
+
+
 def test_half_open_clients_hold_up_nobody_and_leave_nothing_behind(server: Server, expected: bytes) -> None:
     port = server.torchserve.running.port
     body = b'{"prompt": "80s pop", "duration": 0.4, "seed": 1}'
