@@ -51,33 +51,29 @@ def convert_channels(wav: Tensor, channels: int) -> Tensor:
 def convert_audio(wav: Tensor, from_rate: int, to_rate: int, to_channels: int) -> Tensor:
     """Resample `[*, C, T]` with julius's windowed sinc and convert its channels: `[*, to_channels, T']`.
 
+    Long audio is converted in blocks, for the convolution takes several times the memory of what it is given. A block
+    is given the samples around it that its own depend on, so the result is that of the whole, up to rounding.
+
     Raises:
         ValueError: as `convert_channels`.
     """
-    return convert_channels(resample(wav, from_rate, to_rate), to_channels)
-
-
-def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
-    """`julius.resample_frac` of `[*, T]`: `[*, T']` with T' = `floor(T * to_rate / from_rate)`.
-
-    Long audio is resampled in blocks, for the convolution takes several times the memory of what it is given. A block
-    is given the samples around it that its own depend on, so that the result is that of the whole.
-    """
     length, block = wav.shape[-1], BLOCK_SECONDS * from_rate
-    convolution = julius.ResampleFrac(from_rate, to_rate).to(wav)
     if from_rate == to_rate or length <= 2 * block:
-        return convolution(wav)
+        return convert_channels(julius.resample_frac(wav, from_rate, to_rate), to_channels)
+    resample = julius.ResampleFrac(from_rate, to_rate).to(wav)
     divisor = math.gcd(from_rate, to_rate)
     old, new = from_rate // divisor, to_rate // divisor  # so many samples become so many
-    margin = old * math.ceil(convolution.get_buffer("kernel").shape[-1] / old)
-    made = wav.new_empty(*wav.shape[:-1], length * new // old)
+    margin = old * math.ceil(resample.get_buffer("kernel").shape[-1] / old)
+    # julius rounds a length in float32
+    samples = min(int(torch.tensor(new * length / old)), -(-new * length // old))
+    converted = wav.new_empty(*wav.shape[:-2], to_channels, samples)
     for first in range(0, length, block):
         start = max(0, first - margin)
-        piece = convolution(wav[..., start : first + block + margin])
-        piece = piece[..., (first - start) * new // old :]
-        place = made[..., first * new // old : (first + block) * new // old]
-        place.copy_(piece[..., : place.shape[-1]])
-    return made
+        piece = convert_channels(resample(wav[..., start : first + block + margin], full=True), to_channels)
+        place = converted[..., first * new // old : (first + block) * new // old]
+        skipped = (first - start) * new // old
+        place.copy_(piece[..., skipped : skipped + place.shape[-1]])
+    return converted
 
 
 def normalize(wav: Tensor, sample_rate: int, strategy: str) -> Tensor:
@@ -172,7 +168,7 @@ def encode(wav: Tensor, sample_rate: int, audio_format: str, seed: int) -> Encod
     holds, which players follow. Opus takes 48 kHz and not 32, so ogg is resampled.
     """
     if audio_format == "ogg":
-        wav, sample_rate = resample(wav, sample_rate, OPUS_SAMPLE_RATE), OPUS_SAMPLE_RATE
+        wav, sample_rate = convert_audio(wav, sample_rate, OPUS_SAMPLE_RATE, len(wav)), OPUS_SAMPLE_RATE
     pcm = to_int16(wav)
     match audio_format:
         case "wav":

@@ -34,7 +34,7 @@ class ClipAudio:
 
     @property
     def size(self) -> int:
-        """The most bytes it takes, before it is read or after."""
+        """Bytes of the files, and of what is kept of them."""
         uploads = [self.request.melody, self.request.style, self.request.continuation]
         files = sum(len(upload.data) for upload in uploads if upload is not None)
         seconds = self._seconds_of_melody() + self._seconds_of_continuation()
@@ -49,7 +49,7 @@ class ClipAudio:
         """
         request, rate = self.request, self.card.sample_rate
         if request.melody is not None:
-            clip = replace(clip, melody=self._read(request.melody, end=self._heard), melody_sample_rate=rate)
+            clip = replace(clip, melody=self._read(request.melody, end=self._audible), melody_sample_rate=rate)
         if request.style is not None:
             clip = replace(clip, melody=self._style(request.style), melody_sample_rate=rate)
         if request.continuation is not None:
@@ -58,11 +58,11 @@ class ClipAudio:
         return clip
 
     def _style(self, upload: Upload) -> Tensor:
-        cut = self._cut
-        if cut is None:
-            return self._read(upload, end=self._heard if self._extended else None)
+        card = self._looked_at
+        if card is None:
+            return self._read(upload, end=self._audible if self._extended else None)
         wav = self._read(upload)
-        excerpt = excerpt_of(wav, self._excerpt_samples(cut), cut.use_middle, self.request.seed)
+        excerpt = excerpt_of(wav, self._excerpt_samples(card), card.use_middle, self.request.seed)
         return wav if excerpt is None else excerpt.clone()  # one that does not fit is the model's to refuse
 
     def _read(self, upload: Upload, start: float | None = None, end: float | None = None) -> Tensor:
@@ -71,7 +71,7 @@ class ClipAudio:
         return wav.clone(memory_format=torch.contiguous_format)  # a view would keep all that it is of
 
     @property
-    def _heard(self) -> float:
+    def _audible(self) -> float:
         """Seconds of a melody that can matter: what follows the clip's last window changes nothing, nor does it change
         how that window's end is separated."""
         return self.request.duration + 2 * self.card.window
@@ -83,7 +83,7 @@ class ClipAudio:
         return int(self.request.duration * rate) > int(self.card.window * rate)
 
     @property
-    def _cut(self) -> StyleCard | None:
+    def _looked_at(self) -> StyleCard | None:
         """Of a style, what the model looks at, where that is one excerpt in the model's own samples; else None."""
         style = self.card.style
         fits = style is not None and style.sample_rate == self.card.sample_rate and not self._extended
@@ -95,12 +95,12 @@ class ClipAudio:
 
     def _seconds_of_melody(self) -> float:
         if self.request.melody is not None:
-            return min(self.request.melody.seconds, self._heard)
+            return min(self.request.melody.seconds, self._audible)
         if self.request.style is None:
             return 0.0
-        if self._cut is not None:
-            return self._excerpt_samples(self._cut) / self.card.sample_rate
-        return min(self.request.style.seconds, self._heard if self._extended else self.request.style.seconds)
+        if self._looked_at is not None:
+            return self._excerpt_samples(self._looked_at) / self.card.sample_rate
+        return min(self.request.style.seconds, self._audible) if self._extended else self.request.style.seconds
 
     def _seconds_of_continuation(self) -> float:
         audio, end = self.request.continuation, self.request.continuation_end

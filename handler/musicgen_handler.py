@@ -36,7 +36,7 @@ from handler.request import GenerationRequest, Limits
 from handler.request_parser import RequestParser
 from handler.settings import OVERRIDES, Settings, SettingsError
 from handler.streaming import OPENAI, OURS, StreamedReply, streamed_reply
-from handler.torchserve_compat import SENT, Exchange, lock_worker_socket, metric_sink
+from handler.torchserve_compat import SENT, Exchange, let_go, lock_worker_socket, metric_sink
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class MusicGenHandler:
     def _load(self, context: Context) -> None:
         # read when the model's parts import them; everything needed is in the archive
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        torch.set_num_threads(1)  # the cores are the engine's
         settings = Settings.from_model_config(context.model_yaml_config, os.environ.get(OVERRIDES))
         checkpoint = Path(context.system_properties["model_dir"]) / "checkpoint"
         device = settings.device or _assigned_device(context.system_properties["gpu_id"])
@@ -183,7 +184,7 @@ class MusicGenHandler:
         try:
             return await asyncio.to_thread(self.parser.parse, row, exchange.headers)
         finally:
-            row.clear()  # TorchServe holds it until the reply has gone out
+            let_go(row)
 
     async def inference(self, job: Job, audio: ClipAudio | None) -> AsyncGenerator[Event, None]:
         """Have the engine make the clip; gives its events as they come."""

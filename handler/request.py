@@ -249,18 +249,19 @@ class GenerationRequest(BaseModel):
                 given[0] if given else "continuation",
                 f"the excerpt to continue must last at least {1 / frame_rate:.4g} seconds, not {end - start:.4g}",
             )
-        frames = math.ceil((end - start) * frame_rate)
+        frames = math.ceil(round((end - start) * frame_rate, 6))  # as the model counts them
         if frames >= int(limits.window * frame_rate):
             raise RequestError(
                 "continuation",
-                f"the excerpt to continue must be shorter than the model's window of {limits.window:g} seconds, not "
-                f"{end - start:.6g}; choose a part of it with `continuation_start` and `continuation_end`",
+                f"the excerpt to continue must be at least a frame ({1 / frame_rate:.4g} s) shorter than the model's "
+                f"window of {limits.window:g} seconds, not {end - start:.6g}; choose a part of it with "
+                "`continuation_start` and `continuation_end`",
             )
         if frames >= int(self.duration * frame_rate):
             raise RequestError(
                 "duration",
-                f"counts the excerpt to continue, {end - start:.6g} seconds, and must be longer than it; "
-                f"it is {self.duration:g}",
+                f"counts the excerpt to continue, {end - start:.6g} seconds, and must be at least a frame "
+                f"({1 / frame_rate:.4g} s) longer than it; it is {self.duration:g}",
             )
         return self
 

@@ -54,8 +54,8 @@ class Settings(BaseModel):
     takes, and half of a machine's memory that is free then, or 85 % of a GPU's."""
 
     audio_budget: int = Field(default=2**30, ge=2**20)
-    """Bytes of audio that all requests may bring together, decoded, waiting or running; one more gets a 503 with
-    Retry-After at once. The worker holds them, and the engine once more."""
+    """Bytes of audio that all requests, waiting and running, may bring together: their files and what is decoded of
+    them. One more gets a 503 with Retry-After at once. The worker holds them, and the engine once more."""
 
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of the engine on a CPU; default: as many as cores."""

@@ -68,6 +68,14 @@ class LockedSocket:
         return getattr(self._wrapped, name)
 
 
+def let_go(row: dict[str, Any]) -> None:
+    """Empties what a request brought, in place: TorchServe holds it until the reply has gone out."""
+    for value in row.values():
+        if isinstance(value, dict | bytearray):
+            value.clear()
+    row.clear()
+
+
 def lock_worker_socket() -> None:
     """Have the worker of this process use a LockedSocket; to be called while it loads the model."""
     set_cl_socket = Service.set_cl_socket

@@ -84,7 +84,8 @@ class Upload:
             raise RequestError(
                 self.field, f"the audio holds samples of {peak:.3g}, where full scale is 1; at most {MAX_LEVEL:g}"
             )
-        return torch.from_numpy(samples.T)
+        # Rows side by side: a mean over channels has other last bits where they are not.
+        return torch.from_numpy(np.array(samples.T, order="C"))
 
 
 def open_upload(

@@ -21,7 +21,7 @@ from demucs.htdemucs import HTDemucs
 from safetensors.torch import save_file
 from torch import Tensor
 
-from handler.audio import convert_audio, resample
+from handler.audio import convert_audio
 from handler.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class MelodySeparator:
         """Mono audio `[T]` -> its melody, mono `[T]` or a sample less, both at `sample_rate` in Hz."""
         mix = convert_audio(wav[None], sample_rate, self.model.samplerate, self.model.audio_channels)  # [C, T']
         melody = self.stems(mix[None])[0, self._melody].sum(dim=0).mean(dim=0)  # [T']
-        return resample(melody, self.model.samplerate, sample_rate)
+        return convert_audio(melody[None], self.model.samplerate, sample_rate, 1)[0]
 
     def stems(self, mix: Tensor) -> Tensor:
         """Audio `[B, C, T]` at the model's rate -> its stems `[B, sources, C, T]`, in overlapping segments."""

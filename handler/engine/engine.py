@@ -12,13 +12,11 @@ import signal
 import threading
 import time
 from collections.abc import AsyncGenerator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
-
-import torch
 
 from handler.engine.messages import (
     Audio,
@@ -45,8 +43,9 @@ from handler.engine.messages import (
     packed,
     receive,
 )
-from handler.engine.outbox import Outbox
+from handler.engine.outbox import Message, Outbox
 from handler.engine.process import ModelSpec, run
+from handler.errors import RequestError
 from handler.params import Clip
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries to load th
 _GRACE = 5.0  # seconds the process has to leave by itself when the engine is closed
 
 READERS = 2
-"""Threads that read the audio of jobs: each holds one upload decoded, at any rate and of any number of channels."""
+"""Threads that read the audio of jobs: each holds one upload decoded, besides the audio of all jobs."""
 
 
 class UnreadAudio(Protocol):
@@ -63,10 +62,14 @@ class UnreadAudio(Protocol):
 
     @property
     def size(self) -> int:
-        """The most bytes it takes, before it is read or after."""
+        """Bytes it takes while it waits to be read, and those it takes then."""
 
     def added_to(self, clip: Clip) -> Clip:
-        """Reads it; the clip with it. May raise a RequestError."""
+        """Reads it; the clip with it.
+
+        Raises:
+            RequestError: it turns out to be no audio.
+        """
 
 
 class Engine:
@@ -80,14 +83,14 @@ class Engine:
     Args:
         spec: what the process loads.
         max_queue: how many jobs may wait besides those that run.
-        audio_budget: bytes of audio that all jobs may have together.
+        audio_budget: bytes of audio that all jobs may have together (`UnreadAudio.size`).
     """
 
     def __init__(self, spec: ModelSpec, max_queue: int, audio_budget: int) -> None:
         self._spec = spec
         self._max_queue = max_queue
         self._audio_budget = audio_budget
-        self._readers = ThreadPoolExecutor(READERS, "read", torch.set_num_threads, (1,))
+        self._readers = ThreadPoolExecutor(READERS, "read")
         self._lock = threading.RLock()
         self._keys = itertools.count()
         self._tickets: dict[str, _Ticket] = {}
@@ -137,7 +140,8 @@ class Engine:
             job: all of it but `audio`.
             audio: that its clip lacks; it is read once the job has its place.
         """
-        ticket = _Ticket(job, 0 if audio is None else audio.size, asyncio.get_running_loop())
+        ticket = _Ticket(job, audio, asyncio.get_running_loop())
+        del audio  # it holds what was uploaded, and the ticket lets go of it
         try:
             key = self._admit(ticket)
         except (EngineBusyError, EngineUnavailableError) as error:
@@ -146,11 +150,10 @@ class Engine:
         started = time.monotonic()
         event: Event = Started()
         try:
-            if audio is None:
-                self._take_in(key, ticket, job.clip)
+            if ticket.audio is None:
+                self._complete(key, ticket, job.clip)
             else:
-                ticket.reading = self._readers.submit(self._read, key, ticket, audio)
-                del audio  # it holds what was uploaded
+                self._readers.submit(self._read_audio, key, ticket)
             while not isinstance(event, Done | Failed):
                 event = await ticket.next_event()
                 yield event
@@ -173,13 +176,17 @@ class Engine:
         with self._lock:
             tickets = list(self._tickets.values())
             self._unavailable = "the engine is closing"
-            self._send(Close())
+            self._send(lambda: packed(Close()))
         for ticket in tickets:
             ticket.post(Failed(EngineUnavailableError("the engine is closing")))
         if self._process is not None:
             self._process.join(_GRACE)
             self._process.kill()
         self._readers.shutdown(wait=False, cancel_futures=True)
+        if self._supervisor.is_alive():
+            self._supervisor.join(_GRACE)  # it reads from the connection until the process is gone
+        if self._outbox is not None:
+            self._outbox.close()
 
     def _admit(self, ticket: _Ticket) -> str:
         """Gives a job its place; the key it goes by.
@@ -196,7 +203,8 @@ class Engine:
             if audio and ticket.audio_bytes > max(0, self._audio_budget - audio):
                 raise EngineBusyError(
                     f"other requests hold {audio / 2**20:.1f} MiB of audio, this one brings "
-                    f"{ticket.audio_bytes / 2**20:.1f}, and the `audio_budget` is {self._audio_budget / 2**20:g}",
+                    f"{ticket.audio_bytes / 2**20:.1f} MiB, and there is room for {self._audio_budget / 2**20:g} MiB "
+                    "(`audio_budget`)",
                     self._wait(),
                 )
             key = str(next(self._keys))
@@ -208,15 +216,22 @@ class Engine:
         concurrency = 1 if self._card is None else self._card.concurrency
         return max(1, math.ceil(min(self._seconds * (1 + self._max_queue / concurrency), 60.0)))
 
-    def _read(self, key: str, ticket: _Ticket, audio: UnreadAudio) -> None:
+    def _read_audio(self, key: str, ticket: _Ticket) -> None:
         """Reads a job's audio, in a thread."""
+        audio, ticket.audio = ticket.audio, None
+        if audio is None:
+            return  # the job was given up
         try:
-            self._take_in(key, ticket, audio.added_to(ticket.job.clip))
+            self._complete(key, ticket, audio.added_to(ticket.job.clip))
         except Exception as error:
-            ticket.post(Failed(error.with_traceback(None)))  # its frames hold what was decoded
+            if not isinstance(error, RequestError):
+                logger.error("the audio of request %s could not be read", ticket.job.id, exc_info=error)
+            # The frames it has come through hold what was decoded.
+            error.__cause__ = error.__context__ = None
+            ticket.post(Failed(error.with_traceback(None)))
 
-    def _take_in(self, key: str, ticket: _Ticket, clip: Clip) -> None:
-        """Submits a job that is now complete, if it has not been given up."""
+    def _complete(self, key: str, ticket: _Ticket, clip: Clip) -> None:
+        """Submits a job that has its whole clip now, if it has not been given up."""
         message = packed(replace(ticket.job, id=key, clip=clip, arrival=int(key)))
         with self._lock:
             if key in self._tickets:
@@ -225,6 +240,8 @@ class Engine:
 
     def _submit(self, key: str, ticket: _Ticket) -> None:
         """Gives a job to the process, or holds it back; see `_Ticket`."""
+        if self._outbox is None:
+            return  # it is held until there is a process
         beside = [other for other in self._tickets.values() if other is not ticket and not other.held]
         if ticket.alone:
             ticket.held = bool(beside)
@@ -232,7 +249,7 @@ class Engine:
             suspect = ticket.deaths > 0
             ticket.held = any(other.alone or (suspect and other.deaths > 0) for other in beside)
         if not ticket.held:
-            self._send(ticket.message)
+            self._send(lambda: ticket.message)
 
     def _submit_held(self) -> None:
         """Gives the process what no longer has to be held back; those that run alone go first."""
@@ -245,13 +262,12 @@ class Engine:
             known = self._tickets.pop(key, None)
             if known is None:
                 return
-            if known.reading is not None:
-                known.reading.cancel()  # if it has not begun
+            known.let_go()
             if not finished and not known.held:
-                self._send(Cancel(key))
+                self._send(lambda: packed(Cancel(key)))
             self._submit_held()
 
-    def _send(self, message: object) -> None:
+    def _send(self, message: Message) -> None:
         # A broken pipe is the supervisor's business: it submits every ticket again.
         with self._lock:
             if self._outbox is not None:
@@ -277,7 +293,7 @@ class Engine:
         assert isinstance(first, Ready)
         with self._lock:
             self._process, self._connection, self._card, self._unavailable = process, ours, first.card, ""
-            self._outbox = Outbox(ours)
+            self._outbox = Outbox(ours, process.kill)
             for ticket in self._tickets.values():
                 ticket.held = True
             self._submit_held()
@@ -328,6 +344,7 @@ class Engine:
                 ticket.started |= isinstance(event, Started)
                 ticket.heard |= isinstance(event, Audio)
                 ticket.post(event)
+            del ticket, event  # or the last job's audio would stay
 
     def _after_death(self) -> None:
         """Decides for each job what a death of the process means to it."""
@@ -364,6 +381,7 @@ class Engine:
     def _fail(self, key: str, ticket: _Ticket, error: Exception) -> None:
         with self._lock:
             self._tickets.pop(key, None)
+            ticket.let_go()
         ticket.post(Failed(error))
 
 
@@ -371,9 +389,9 @@ class _Ticket:
     """A job under way: the supervisor's end (`post`) and the client's (`next_event`).
 
     Attributes:
-        audio_bytes: of its audio, at most.
-        message: the job as it goes to the process; None as long as its audio is being read.
-        reading: its audio, in a thread.
+        audio: that is still to be read.
+        audio_bytes: that its audio takes, read or not.
+        message: the job as it goes to the process; None as long as its audio is not read, and once it is given up.
         held: it is not with the process: not complete yet, or another job is that may kill it.
         alone: it was there at two deaths, and must be with the process alone.
         preparing: the process encodes what it is conditioned on, and so may die of it.
@@ -382,16 +400,20 @@ class _Ticket:
         deaths: how often the process died while it may have died of it.
     """
 
-    def __init__(self, job: Job, audio_bytes: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, job: Job, audio: UnreadAudio | None, loop: asyncio.AbstractEventLoop) -> None:
         self.job = job
-        self.audio_bytes = audio_bytes
+        self.audio = audio
+        self.audio_bytes = 0 if audio is None else audio.size
         self.message: bytes | None = None
-        self.reading: Future[None] | None = None
         self.held = True
         self.alone = self.preparing = self.started = self.heard = False
         self.deaths = 0
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def let_go(self) -> None:
+        """Lets go of its audio: it is given up, and what still has its turn to come finds nothing."""
+        self.audio = self.message = None
 
     def post(self, event: Event) -> None:
         # A closed loop raises; it has nobody left to tell.

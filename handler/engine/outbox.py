@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from threading import Thread
 
-from handler.engine.messages import packed
+logger = logging.getLogger(__name__)
+
+Message = Callable[[], bytes | None]
+"""Gives a message when its turn has come; None: it is no longer wanted."""
 
 
 class Outbox:
     """Sends messages in the order they are put in, from a thread of its own: nobody waits for a job with much audio.
 
-    What is put in after the pipe broke goes nowhere.
+    Args:
+        connection: to the process.
+        failed: called when a message could not be sent: the process is gone, or of no more use.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, failed: Callable[[], object]) -> None:
         self._connection = connection
-        self._messages: SimpleQueue[bytes | None] = SimpleQueue()
+        self._failed = failed
+        self._messages: SimpleQueue[Message | None] = SimpleQueue()
         Thread(target=self._send, name="outbox", daemon=True).start()
 
-    def put(self, message: object) -> None:
-        """Takes a message, or bytes that are `packed` already."""
-        self._messages.put(message if isinstance(message, bytes) else packed(message))
+    def put(self, message: Message) -> None:
+        """Takes a message; it is made when it is sent."""
+        self._messages.put(message)
 
     def close(self) -> None:
         """Closes the connection, after what is on its way; nobody reads from it any more."""
@@ -31,6 +38,13 @@ class Outbox:
 
     def _send(self) -> None:
         while (message := self._messages.get()) is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._connection.send_bytes(message)
+            content = None
+            try:
+                if (content := message()) is not None:
+                    self._connection.send_bytes(content)
+            except Exception as error:
+                if not isinstance(error, OSError):
+                    logger.exception("the engine cannot be told of a job")
+                self._failed()
+            del message, content  # or the last job's audio would stay
         self._connection.close()

@@ -58,7 +58,7 @@ LOAD_SECONDS = 1.0
 """Between two reports of how busy the process is."""
 
 QUIET_SECONDS = 1.0
-"""Without a command or a step, before memory is given back."""
+"""Without a command, and with nothing to step, before memory is given back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,8 @@ def _serve(scheduler: Scheduler, commands: queue.SimpleQueue[Command], emit: Emi
 
 
 def _next(commands: queue.SimpleQueue[Command]) -> Command:
-    """Waits for a command; once all is quiet, memory that is free goes back to the system, as glibc would keep it."""
+    """Waits for a command; when none has come for a while, memory that is free goes back to the system, as glibc would
+    keep it."""
     try:
         return commands.get(timeout=QUIET_SECONDS)
     except queue.Empty:
@@ -162,6 +163,7 @@ def _read(connection: Connection, commands: queue.SimpleQueue[Command]) -> None:
     try:
         while not isinstance(command := receive(connection), Close):
             commands.put(command)
+            del command  # or the last job's audio would stay
     except (EOFError, OSError):
         pass  # the worker is gone
     except Exception:

@@ -41,13 +41,23 @@ def test_conversion_equals_the_reference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("from_rate", "to_rate"), [(48_000, 32_000), (44_100, 32_000), (8_000, 32_000), (22_050, 24_000), (192_000, 32_000)]
+    ("from_rate", "to_rate"), [(48_000, 32_000), (44_100, 32_000), (8_000, 32_000), (22_050, 24_000)]
 )
-@pytest.mark.parametrize("seconds", [20.0, 20.01, 30.0, 33.3])
-def test_long_audio_is_resampled_in_blocks_that_do_not_show(from_rate: int, to_rate: int, seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [20.0, 20.01, 33.3])
+def test_long_audio_is_converted_in_blocks_that_do_not_show(from_rate: int, to_rate: int, seconds: float) -> None:
     wav = torch.randn(2, int(seconds * from_rate), generator=torch.Generator().manual_seed(1))
     whole = julius.resample_frac(wav, from_rate, to_rate)
-    torch.testing.assert_close(audio.resample(wav, from_rate, to_rate), whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(audio.convert_audio(wav, from_rate, to_rate, 2), whole, atol=1e-6, rtol=0)
+    mono = audio.convert_audio(wav, from_rate, to_rate, 1)
+    torch.testing.assert_close(mono, whole.mean(dim=0, keepdim=True), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("length", [16_777_217, 9_876_543, 20_000_003])
+def test_long_audio_has_the_reference_s_length(length: int) -> None:
+    wav = torch.zeros(1, length)
+    wav[:, ::1000] = 0.5
+    whole = julius.resample_frac(wav, 44_100, 32_000)
+    torch.testing.assert_close(audio.convert_audio(wav, 44_100, 32_000, 1), whole, atol=1e-6, rtol=0)
 
 
 def test_channels_follow_the_reference_rules() -> None:

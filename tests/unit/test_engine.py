@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,7 +23,7 @@ import pytest
 import torch
 
 from handler.engine import process
-from handler.engine.engine import Engine
+from handler.engine.engine import READERS, Engine
 from handler.engine.messages import (
     Audio,
     DeadlineExceededError,
@@ -224,6 +226,29 @@ def test_while_a_request_s_audio_is_read_others_run_and_it_can_be_given_up(engin
     asyncio.run(run())
 
 
+def test_the_audio_of_requests_that_are_given_up_is_let_go_of_unread(engine: Engine) -> None:
+    async def run() -> None:
+        busy = [Recording(size=1) for _ in range(READERS)]
+        reading = [asyncio.create_task(read_later(engine, job(f"r{i}"), each)) for i, each in enumerate(busy)]
+        await asyncio.sleep(0.1)
+        waiting = Recording(size=1)
+        held = weakref.ref(waiting)
+        events = engine.generate(job("late", deadline=time.monotonic() + 0.1), waiting)
+        del waiting
+        assert isinstance(error_of([event async for event in events]), DeadlineExceededError)
+        assert held() is None
+        for recording in busy:
+            recording.may_go_on.set()
+        for task in reading:
+            wav_of(await task)
+
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
+
+
 def test_a_request_whose_audio_is_being_read_outlives_the_engine(engine: Engine) -> None:
     async def run() -> None:
         recording = Recording()
@@ -260,7 +285,7 @@ def test_audio_beyond_the_budget_is_refused_before_it_is_read(engine: Engine) ->
         error = error_of(await read_later(engine, job("second"), Recording(size=1)))
         assert isinstance(error, EngineBusyError)
         assert "hold 1.0 MiB of audio" in str(error)
-        assert "`audio_budget` is 1" in str(error)
+        assert "room for 1 MiB (`audio_budget`)" in str(error)
         first.may_go_on.set()
         wav_of(await events_of(engine, job("without audio")))
         wav_of(await waiting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import gc
 import io
 import json
@@ -16,11 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import soundfile
+from ts import async_service
 from ts.context import Context
+from ts.service import Service
 
 from handler import streaming
 from handler.clip_audio import ClipAudio
@@ -45,7 +49,7 @@ from handler.errors import RequestError
 from handler.metrics import Metrics
 from handler.musicgen_handler import MusicGenHandler, whole_clip
 from handler.reply import Reply
-from handler.request import GenerationRequest, Limits
+from handler.request import Limits
 from handler.request_parser import RequestParser
 from handler.torchserve_compat import SENT, LockedSocket
 from tests.unit.test_metrics import METRICS_YAML, Measurements, context_with
@@ -109,7 +113,7 @@ def handled(handler: MusicGenHandler, row: Mapping[str, Any], headers: Mapping[s
     """The first message of the reply, with the whole reply's body."""
     raw: Any = FakeSocket()
     context: Context = context_of(headers, LockedSocket(raw))
-    assert asyncio.run(handler.handle([dict(row)], context)) == [SENT]
+    assert asyncio.run(handler.handle([copy.deepcopy(dict(row))], context)) == [SENT]
     messages = messages_in(raw.data)
     messages[0].body = b"".join(message.body for message in messages)
     assert messages[-1].headers["ts_stream_next"] == "false"
@@ -199,25 +203,34 @@ def test_the_part_to_continue_reaches_the_engine() -> None:
     assert job.clip.melody is None
 
 
-def test_what_was_uploaded_is_let_go_of_while_the_clip_is_made() -> None:
+@pytest.mark.parametrize("form", [True, False])
+def test_what_was_uploaded_is_let_go_of_while_the_clip_is_made(form: bool) -> None:
     async def ask() -> None:
         handler, engine = handler_with(melody="chroma")
-        body = {"melody": bytearray(base64.b64decode(flac_of(5))), "duration": b"2"}
-        held: list[weakref.ref[GenerationRequest]] = []
+        service = Service("small", "nowhere", {}, handler.handle, 0, 1, metrics_cache=MagicMock())
+        audio = bytearray(base64.b64decode(flac_of(5)))
+        body = {"melody": base64.b64encode(audio).decode()}
+        parameters = [
+            {"name": "melody" if form else "body", "value": audio if form else body, "contentType": "application/json"}
+        ]
+        kind = b"multipart/form-data; boundary=x" if form else b"application/json"
+        headers = [{"name": b"content-type", "value": kind}]
+        batch = [{"requestId": b"1", "headers": headers, "parameters": parameters}]
 
-        async def generate(job: Job, audio: ClipAudio | None) -> AsyncIterator[Event]:
-            assert audio is not None
-            held.append(weakref.ref(audio.request))
-            del audio
+        async def generate(job: Job, audio_of_it: ClipAudio) -> AsyncIterator[Event]:
+            request = weakref.ref(audio_of_it.request)
+            del audio_of_it
             yield Started()
-            await asyncio.sleep(0)
-            assert (held[0](), body) == (None, {})
-            yield from_the_end
+            async with asyncio.timeout(10):
+                while request() is not None:
+                    await asyncio.sleep(0.01)
+            assert not (audio if form else body)
+            yield Failed(JobCancelledError("was cancelled"))
 
-        from_the_end: Event = Failed(JobCancelledError("was cancelled"))
         engine.generate = generate  # type: ignore[assignment,method-assign]
-        context = context_of({"content-type": "multipart/form-data; boundary=x"}, LockedSocket(FakeSocket()))  # type: ignore[arg-type]
-        assert await handler.handle([body], context) == [SENT]
+        service.set_cl_socket(LockedSocket(FakeSocket()))  # type: ignore[arg-type]
+        await async_service.predict(service, batch)
+        assert batch[0]["parameters"] is parameters
         assert outcomes(engine) == ["cancelled"]
 
     gc.disable()

@@ -448,6 +448,8 @@ def test_a_model_s_fields_are_those_it_takes() -> None:
 # ---- style
 
 SHORT_STYLE = base64_of(wav_file(1.0))
+MINUTE = base64_of(flac_file(60))
+LONG_PARSER = RequestParser(replace(LIMITS, max_duration=120.0, max_upload_seconds=600.0))
 
 
 def test_a_style_model_takes_how_to_look_at_the_style() -> None:
@@ -460,6 +462,26 @@ def test_how_to_look_at_a_style_needs_one(fields: dict[str, Any]) -> None:
     error = refusal_of_json(fields, STYLE_PARSER)
     assert error.field == next(iter(fields))
     assert "`style`" in error.message
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "duration"), [(2.0, 31.98, 40.0), (2.04, 32.02, 40.0), (0.0, 0.14, 0.16), (30.02, 60.0, 30.0)]
+)
+def test_an_excerpt_a_frame_shorter_than_the_window_and_the_clip_can_be_continued(
+    start: float, end: float, duration: float
+) -> None:
+    fields = {"continuation_start": start, "continuation_end": end, "duration": duration}
+    assert parse_json({"continuation": MINUTE, **fields}, LONG_PARSER).continuation is not None
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 30.0), (1.0, 30.99), (None, None)])
+def test_an_excerpt_as_long_as_the_window_is_refused_before_it_is_decoded(
+    start: float | None, end: float | None
+) -> None:
+    fields = {"continuation_start": start, "continuation_end": end, "duration": 100.0}
+    error = refusal_of_json({"continuation": MINUTE, **fields}, LONG_PARSER)
+    assert error.field == "continuation"
+    assert "at least a frame (0.02 s) shorter than the model's window of 30 seconds" in error.message
 
 
 @pytest.mark.parametrize(
