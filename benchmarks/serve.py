@@ -18,7 +18,7 @@ from benchmarks.report import Table
 from benchmarks.timing import Spread
 from handler.engine.engine import Engine
 from handler.engine.messages import Audio, Done, Failed, Job, Started
-from handler.engine.process import ModelSpec
+from handler.engine.spec import ModelSpec
 from handler.params import Clip, GenerationParams
 
 PROMPTS = ("80s pop with heavy drums", "slow blues", "techno with a flute", "calm piano")

@@ -25,7 +25,7 @@ from handler.clip_audio import ClipAudio, audio_of
 from handler.drain import Drain
 from handler.engine.engine import Engine
 from handler.engine.messages import Audio, EngineUnavailableError, Event, Failed, Job, Restarted
-from handler.engine.process import ModelSpec
+from handler.engine.spec import ModelSpec
 from handler.errors import UnknownRequestError
 from handler.metrics import Metrics
 from handler.openai import models_list

@@ -8,8 +8,8 @@ import psutil
 import torch
 
 from handler.checkpoint import LM_FILE, Pointer, read_checkpoint
-from handler.engine.process import ModelSpec
 from handler.engine.scheduler import Capacity
+from handler.engine.spec import ModelSpec
 from handler.errors import CheckpointError
 from handler.lm.attention import KVCache
 from handler.lm.block_attention import whole_blocks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import math
@@ -16,14 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from typing import Protocol
 
 from handler.engine.messages import (
     Audio,
     Cancel,
     Card,
     Close,
-    DeadlineExceededError,
     Done,
     EngineBusyError,
     EngineDiedError,
@@ -44,7 +41,9 @@ from handler.engine.messages import (
     receive,
 )
 from handler.engine.outbox import Message, Outbox
-from handler.engine.process import ModelSpec, run
+from handler.engine.process import run
+from handler.engine.spec import ModelSpec
+from handler.engine.ticket import Ticket, UnreadAudio
 from handler.errors import RequestError
 from handler.params import Clip
 
@@ -55,21 +54,6 @@ _GRACE = 5.0  # seconds the process has to leave by itself when the engine is cl
 
 READERS = 2
 """Threads that read the audio of jobs: each holds one upload decoded, besides the audio of all jobs."""
-
-
-class UnreadAudio(Protocol):
-    """The audio a job needs and does not have yet."""
-
-    @property
-    def size(self) -> int:
-        """Bytes it takes while it waits to be read, and those it takes then."""
-
-    def added_to(self, clip: Clip) -> Clip:
-        """Reads it; the clip with it.
-
-        Raises:
-            RequestError: it turns out to be no audio.
-        """
 
 
 class Engine:
@@ -93,7 +77,7 @@ class Engine:
         self._readers = ThreadPoolExecutor(READERS, "read")
         self._lock = threading.RLock()
         self._keys = itertools.count()
-        self._tickets: dict[str, _Ticket] = {}
+        self._tickets: dict[str, Ticket] = {}
         self._connection: Connection | None = None
         self._outbox: Outbox | None = None
         self._process: SpawnProcess | None = None
@@ -140,7 +124,7 @@ class Engine:
             job: all of it but `audio`.
             audio: that its clip lacks; it is read once the job has its place.
         """
-        ticket = _Ticket(job, audio, asyncio.get_running_loop())
+        ticket = Ticket(job, audio, asyncio.get_running_loop())
         del audio  # it holds what was uploaded, and the ticket lets go of it
         try:
             key = self._admit(ticket)
@@ -188,7 +172,7 @@ class Engine:
         if self._outbox is not None:
             self._outbox.close()
 
-    def _admit(self, ticket: _Ticket) -> str:
+    def _admit(self, ticket: Ticket) -> str:
         """Gives a job its place; the key it goes by.
 
         Raises:
@@ -216,7 +200,7 @@ class Engine:
         concurrency = 1 if self._card is None else self._card.concurrency
         return max(1, math.ceil(min(self._seconds * (1 + self._max_queue / concurrency), 60.0)))
 
-    def _read_audio(self, key: str, ticket: _Ticket) -> None:
+    def _read_audio(self, key: str, ticket: Ticket) -> None:
         """Reads a job's audio, in a thread."""
         audio, ticket.audio = ticket.audio, None
         if audio is None:
@@ -230,7 +214,7 @@ class Engine:
             error.__cause__ = error.__context__ = None
             ticket.post(Failed(error.with_traceback(None)))
 
-    def _complete(self, key: str, ticket: _Ticket, clip: Clip) -> None:
+    def _complete(self, key: str, ticket: Ticket, clip: Clip) -> None:
         """Submits a job that has its whole clip now, if it has not been given up."""
         message = packed(replace(ticket.job, id=key, clip=clip, arrival=int(key)))
         with self._lock:
@@ -238,8 +222,8 @@ class Engine:
                 ticket.message = message
                 self._submit(key, ticket)
 
-    def _submit(self, key: str, ticket: _Ticket) -> None:
-        """Gives a job to the process, or holds it back; see `_Ticket`."""
+    def _submit(self, key: str, ticket: Ticket) -> None:
+        """Gives a job to the process, or holds it back; see `Ticket`."""
         if self._outbox is None:
             return  # it is held until there is a process
         beside = [other for other in self._tickets.values() if other is not ticket and not other.held]
@@ -378,57 +362,11 @@ class Engine:
         for key, ticket in tickets:
             self._fail(key, ticket, EngineUnavailableError(self._unavailable))
 
-    def _fail(self, key: str, ticket: _Ticket, error: Exception) -> None:
+    def _fail(self, key: str, ticket: Ticket, error: Exception) -> None:
         with self._lock:
             self._tickets.pop(key, None)
             ticket.let_go()
         ticket.post(Failed(error))
-
-
-class _Ticket:
-    """A job under way: the supervisor's end (`post`) and the client's (`next_event`).
-
-    Attributes:
-        audio: that is still to be read.
-        audio_bytes: that its audio takes, read or not.
-        message: the job as it goes to the process; None as long as its audio is not read, and once it is given up.
-        held: it is not with the process: not complete yet, or another job is that may kill it.
-        alone: it was there at two deaths, and must be with the process alone.
-        preparing: the process encodes what it is conditioned on, and so may die of it.
-        started: the process has begun with its music.
-        heard: audio of it has come out.
-        deaths: how often the process died while it may have died of it.
-    """
-
-    def __init__(self, job: Job, audio: UnreadAudio | None, loop: asyncio.AbstractEventLoop) -> None:
-        self.job = job
-        self.audio = audio
-        self.audio_bytes = 0 if audio is None else audio.size
-        self.message: bytes | None = None
-        self.held = True
-        self.alone = self.preparing = self.started = self.heard = False
-        self.deaths = 0
-        self._loop = loop
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-
-    def let_go(self) -> None:
-        """Lets go of its audio: it is given up, and what still has its turn to come finds nothing."""
-        self.audio = self.message = None
-
-    def post(self, event: Event) -> None:
-        # A closed loop raises; it has nobody left to tell.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-    async def next_event(self) -> Event:
-        left = None if math.isinf(self.job.deadline) else max(0.0, self.job.deadline - time.monotonic())
-        try:
-            async with asyncio.timeout(left):
-                return await self._events.get()
-        except TimeoutError:
-            return Failed(
-                DeadlineExceededError("the request was given up: its timeout passed before the clip was finished")
-            )
 
 
 def _end(process: SpawnProcess) -> None:

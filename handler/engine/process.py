@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import logging
-import math
 import os
 import queue
 import signal
@@ -19,10 +18,8 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from handler.engine.messages import (
@@ -42,6 +39,7 @@ from handler.engine.messages import (
     receive,
     send,
 )
+from handler.engine.spec import ModelSpec
 from handler.engine.watchdog import Watchdog
 from handler.params import Clip, GenerationParams
 
@@ -59,36 +57,6 @@ LOAD_SECONDS = 1.0
 
 QUIET_SECONDS = 1.0
 """Without a command, and with nothing to step, before memory is given back."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """What the process loads, and how much it may hold.
-
-    Attributes:
-        checkpoint, hub_dir: folders of the model and of its auxiliary models.
-        device, dtype: as `MusicGen.get_pretrained`.
-        threads: of torch on a CPU; None is torch's own choice.
-        max_concurrency: requests that run together, at most.
-        memory_budget: bytes for the model, keys and values; None is a share of what is free once the model is loaded.
-        max_prompt_tokens: the longest text, which a prepended condition must find room for.
-        chunk_seconds: seconds of one chunk of audio.
-        deterministic, cuda_graphs: of the decode step on a GPU, see `StaticDecoder`.
-        patience: seconds after which a turn of the scheduler counts as hanging, and ends the process.
-    """
-
-    checkpoint: Path
-    hub_dir: Path
-    device: str
-    dtype: str | None
-    threads: int | None
-    max_concurrency: int
-    memory_budget: int | None
-    max_prompt_tokens: int
-    chunk_seconds: float
-    deterministic: bool = True
-    cuda_graphs: bool = True
-    patience: float = math.inf
 
 
 def run(connection: Connection, spec: ModelSpec) -> None:

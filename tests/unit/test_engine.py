@@ -41,7 +41,7 @@ from handler.engine.messages import (
     receive,
     send,
 )
-from handler.engine.process import ModelSpec
+from handler.engine.spec import ModelSpec
 from handler.errors import RequestError
 from handler.params import Clip, GenerationParams
 from tests.parity.models import GOLDENS

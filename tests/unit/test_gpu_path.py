@@ -15,7 +15,8 @@ import torch
 from handler.builders import build_language_model
 from handler.engine.capacity import capacity_for
 from handler.engine.messages import Done, Job
-from handler.engine.process import ModelSpec, _load
+from handler.engine.process import _load
+from handler.engine.spec import ModelSpec
 from handler.lm.cpu_step import CpuDecoder
 from handler.lm.decode_attention import MaskedAttention, attention_kernel
 from handler.lm.fused_step import products_are_right

@@ -29,7 +29,6 @@ from ts.service import Service
 from handler import streaming
 from handler.clip_audio import ClipAudio
 from handler.drain import Drain
-from handler.engine.engine import UnreadAudio
 from handler.engine.messages import (
     Audio,
     Card,
@@ -45,6 +44,7 @@ from handler.engine.messages import (
     Started,
     StyleCard,
 )
+from handler.engine.ticket import UnreadAudio
 from handler.errors import RequestError
 from handler.metrics import Metrics
 from handler.musicgen_handler import MusicGenHandler, whole_clip

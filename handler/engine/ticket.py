@@ -1,0 +1,73 @@
+"""A job under way, in the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from typing import Protocol
+
+from handler.engine.messages import DeadlineExceededError, Event, Failed, Job
+from handler.params import Clip
+
+
+class UnreadAudio(Protocol):
+    """The audio a job needs and does not have yet."""
+
+    @property
+    def size(self) -> int:
+        """Bytes it takes while it waits to be read, and those it takes then."""
+
+    def added_to(self, clip: Clip) -> Clip:
+        """Reads it; the clip with it.
+
+        Raises:
+            RequestError: it turns out to be no audio.
+        """
+
+
+class Ticket:
+    """A job under way: the supervisor's end (`post`) and the client's (`next_event`).
+
+    Attributes:
+        audio: that is still to be read.
+        audio_bytes: that its audio takes, read or not.
+        message: the job as it goes to the process; None as long as its audio is not read, and once it is given up.
+        held: it is not with the process: not complete yet, or another job is that may kill it.
+        alone: it was there at two deaths, and must be with the process alone.
+        preparing: the process encodes what it is conditioned on, and so may die of it.
+        started: the process has begun with its music.
+        heard: audio of it has come out.
+        deaths: how often the process died while it may have died of it.
+    """
+
+    def __init__(self, job: Job, audio: UnreadAudio | None, loop: asyncio.AbstractEventLoop) -> None:
+        self.job = job
+        self.audio = audio
+        self.audio_bytes = 0 if audio is None else audio.size
+        self.message: bytes | None = None
+        self.held = True
+        self.alone = self.preparing = self.started = self.heard = False
+        self.deaths = 0
+        self._loop = loop
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def let_go(self) -> None:
+        """Lets go of its audio: it is given up, and what still has its turn to come finds nothing."""
+        self.audio = self.message = None
+
+    def post(self, event: Event) -> None:
+        # A closed loop raises; it has nobody left to tell.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def next_event(self) -> Event:
+        left = None if math.isinf(self.job.deadline) else max(0.0, self.job.deadline - time.monotonic())
+        try:
+            async with asyncio.timeout(left):
+                return await self._events.get()
+        except TimeoutError:
+            return Failed(
+                DeadlineExceededError("the request was given up: its timeout passed before the clip was finished")
+            )
