@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,18 +79,7 @@ def test_the_excerpt_of_a_style_is_the_one_that_the_model_takes_of_the_whole(
     use_middle: bool, length: float | None
 ) -> None:
     style = built(use_middle_of_segment=use_middle)
-    card = Card(
-        RATE,
-        1,
-        50.0,
-        30.0,
-        (),
-        "cpu",
-        "float32",
-        8,
-        "style",
-        StyleCard(RATE, style.params.excerpt_length, use_middle, 6),
-    )
+    card = replace(CARD, style=StyleCard(RATE, style.params.excerpt_length, use_middle, 6))
     clip = read(asked("style", style=7, seed=11, excerpt_length=length), card)
     assert clip.melody is not None
     whole = converted(7).mean(dim=0)
@@ -112,7 +102,7 @@ def test_a_clip_of_several_windows_has_as_much_of_the_style_as_they_look_at() ->
 
 
 def test_a_style_at_another_rate_than_the_model_s_reaches_it_whole() -> None:
-    card = Card(RATE, 1, 50.0, 30.0, (), "cpu", "float32", 8, "style", StyleCard(24_000, 3.0, True, 6))
+    card = replace(CARD, style=StyleCard(24_000, 3.0, True, 6))
     clip = read(asked("style", style=10), card)
     assert clip.melody is not None
     assert clip.melody.shape == (1, 10 * RATE)
