@@ -19,6 +19,7 @@ from benchmarks.timing import Spread, in_turns
 from handler.checkpoint import LM_FILE
 from handler.lm.conditions import FusedConditions
 from handler.musicgen import MusicGen
+from handler.quantized import can_quantize
 
 DTYPES = {"cpu": ("float32", "bfloat16", "int8"), "cuda": ("float16", "bfloat16")}
 """Of ours, by kind of device; any that `MusicGen.get_pretrained` takes can be asked for."""
@@ -44,6 +45,11 @@ COLUMNS = (
     "limit, ms",
     "share of the limit",
 )
+
+
+def served_dtypes(device: str) -> list[str]:
+    """Those of `DTYPES` that this machine serves; int8 needs VNNI on a CPU."""
+    return [dtype for dtype in DTYPES[machine.kind(device)] if dtype != "int8" or can_quantize()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ class Side:
 
 def run(args: argparse.Namespace) -> list[Table]:
     """The benchmark, as the command line asks for it."""
-    dtypes = args.dtype or DTYPES[machine.kind(args.device)]
+    dtypes = args.dtype or served_dtypes(args.device)
     peers = PEER_DTYPES[machine.kind(args.device)] if args.peer == "transformers" else ()
     requests = [max(1, rows // ROWS_OF_A_REQUEST) for rows in args.rows]
     return measure(args.dims, checkpoint_of(args.dims), args.device, dtypes, peers, requests, args.seconds)

@@ -39,7 +39,8 @@ def describe(device: str) -> dict[str, str]:
         properties = torch.cuda.get_device_properties(device)
         facts["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         facts["CUDA"] = str(torch.version.cuda)
-    facts["CPU"] = f"{_cpu_name()}, {psutil.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    facts["CPU"] = f"{_cpu_name()} ({instructions}), {psutil.cpu_count()} cores, {torch.get_num_threads()} threads used"
     facts["memory"] = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
     facts["system"] = f"{platform.system()}, Python {platform.python_version()}"
     facts["torch"] = torch.__version__

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from handler.linear import Linear, activated
+from handler.linear import Linear, activated, keeps_rows, trial
+
+logger = logging.getLogger(__name__)
 
 
+@cache
 def can_halve() -> bool:
-    """Whether this torch multiplies float32 inputs by float16 weights, in float32.
+    """Whether FBGEMM's products of float32 inputs and float16 weights are right on this CPU, found out by trying them.
 
-    The operators are private, so a product that float16 could not hold is tried once.
+    They are private to torch. With AVX-512 a row's bits are the same for any number of rows; with AVX2 alone they are
+    not (1, 2, 7 and 14 rows take another kernel), and weights are then kept in float32.
     """
-    weight = torch.tensor([[1.0, 2.0**-10], [3.0, -0.5]])
-    x = torch.tensor([[1.0, 2.0**-10], [2.0**20, 1.0]])
+    weight, x, _ = trial()
+    large = x * 2.0**20  # more than float16 holds
     try:
-        product = _product(x, _pack(weight))
+        packed = _pack(weight)
+        right = keeps_rows(lambda rows: _product(rows, packed), x) and torch.allclose(
+            _product(large, packed).double(), large.double() @ weight.double().T, rtol=1e-5, atol=4.0
+        )
     except (AttributeError, RuntimeError):
-        return False
-    return torch.equal(product, x @ weight.T)
+        right = False
+    if not right:
+        logger.warning(
+            "products with float16 weights depend on the number of rows on this CPU (%s): weights are kept in float32, "
+            "which takes twice the memory and time.",
+            torch.backends.cpu.get_cpu_capability(),
+        )
+    return right
 
 
 def fits_half(weight: Tensor) -> bool:
-    """Whether float16 holds every value of a weight, as of those that were published in it; and can be used."""
-    if not _CAN_HALVE:
+    """Whether a weight can be kept in float16: it loses nothing, as published weights do not, and this CPU can."""
+    if not can_halve():
         return False
     return weight.dtype is torch.float16 or bool(torch.equal(weight.half().to(weight.dtype), weight))
 
@@ -68,6 +83,3 @@ def _pack(weight: Tensor) -> torch.ScriptObject:
 
 def _product(x: Tensor, packed: torch.ScriptObject) -> Tensor:
     return torch.ops.quantized.linear_dynamic_fp16(x, packed)
-
-
-_CAN_HALVE = can_halve()

@@ -25,11 +25,13 @@ from handler.conditioners.t5 import T5Conditioner
 from handler.errors import CheckpointError, RequestError
 from handler.generation import Generation
 from handler.gpu import compute_exactly
+from handler.linear import can_prepack
 from handler.lm.conditions import FusedConditions
 from handler.lm.decoder import Guidance, Slot
 from handler.lm.model import LanguageModel
 from handler.lm.static_step import decoder_for
 from handler.params import STYLE_FIELDS, Clip, GenerationParams
+from handler.quantized import can_quantize
 from handler.registry import find_auxiliary, resolve
 
 Callback = Callable[[int, int], None]
@@ -527,8 +529,8 @@ def serving_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     """The dtype of the language model's weights: the one asked for, else float16 on a GPU and float32 on a CPU.
 
     Raises:
-        ValueError: for one that is not served. int8 is for a CPU; float16 is not: products in it are slow there, and
-            their bits depend on who else runs, while float32 keeps its weights in float16 anyway.
+        ValueError: for one that is not served. int8 is for a CPU with VNNI; float16 is not for a CPU: products in it
+            are slow there, and their bits depend on who else runs, while float32 keeps its weights in float16 anyway.
     """
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
     del choices["float16" if device.type == "cpu" else "int8"]
@@ -537,4 +539,7 @@ def serving_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     named = choices.get(dtype) if isinstance(dtype, str) else dtype
     if named is None or named not in choices.values():
         raise ValueError(f"dtype must be one of {', '.join(choices)} on {device.type}, not {dtype}")
+    if named is torch.int8 and not can_quantize():
+        other = "bfloat16 or float32" if can_prepack(torch.bfloat16) else "float32"
+        raise ValueError(f"this CPU cannot multiply 8-bit integers exactly (x86 with VNNI can); set dtype to {other}")
     return named

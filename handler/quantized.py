@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from handler.linear import Linear, activated
+from handler.linear import Linear, activated, keeps_rows, trial
 
 _LARGEST = 127
 _ZERO = 128
 """Of the quantised inputs, which the kernel wants unsigned."""
 
 
+@cache
 def can_quantize() -> bool:
-    """Whether this torch and this processor multiply 8-bit integers, and exactly.
+    """Whether FBGEMM's products of 8-bit integers are exact on this CPU, found out by trying them.
 
-    The operators are private, and processors without VNNI cut sums off at 16 bits, so the largest product there is is
-    tried once.
+    They are private to torch, and without VNNI their sums saturate at 16 bits, so the largest product is tried.
     """
+    weight, x, _ = trial()
     try:
-        packed = _pack(torch.full((4, 64), float(_LARGEST)), torch.ones(4))
-        product = _product(torch.tensor([[1.0], [-1.0]]).expand(2, 64).contiguous(), packed)
+        packed = _pack(torch.full_like(weight, _LARGEST), torch.ones(len(weight)))
+        largest = torch.tensor([[1.0], [-1.0]]).expand(2, weight.shape[1])
+        product = _product(largest.contiguous(), packed)
+        expected = largest[:, :1] * weight.shape[1] * _LARGEST
+        packed = _pack(weight, weight.abs().amax(dim=1) / _LARGEST)
+        return torch.allclose(product, expected, rtol=1e-6) and keeps_rows(
+            lambda rows: _product(rows, packed), x / x.abs().max()
+        )
     except (AttributeError, RuntimeError):
         return False
-    return torch.allclose(product, torch.tensor([[64.0 * _LARGEST], [-64.0 * _LARGEST]]), rtol=1e-6)
 
 
 class QuantizedLinear(Linear):
@@ -38,16 +45,10 @@ class QuantizedLinear(Linear):
         weight: `[out, in]`, of any floating dtype.
         bias: `[out]` or None.
 
-    Raises:
-        RuntimeError: where this torch or processor cannot multiply so.
+    Only where `can_quantize()`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        if not _CAN_QUANTIZE:
-            raise RuntimeError(
-                f"torch {torch.__version__} cannot multiply 8-bit integers exactly on this processor (x86 with VNNI "
-                "can); set dtype to bfloat16 or float32."
-            )
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.float()
         weight = weight.float()
@@ -86,6 +87,3 @@ def _pack(weight: Tensor, scale: Tensor) -> torch.ScriptObject:
 def _product(x: Tensor, packed: torch.ScriptObject) -> Tensor:
     """Of inputs from -1 to 1, which are rounded to multiples of 1 / 127."""
     return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / _LARGEST, _ZERO, packed)
-
-
-_CAN_QUANTIZE = can_quantize()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from handler.half import HalfLinear, fits_half
-from handler.linear import Linear
+from handler.linear import Linear, kept_in
 from handler.lm.embedding import Rotary, sinusoidal_embedding
 from handler.quantized import QuantizedLinear
 
@@ -281,7 +281,11 @@ def lay_out(weight: Tensor, bias: Tensor | None, device: torch.device, dtype: to
 
 def bytes_of_value(weight: Tensor, device: torch.device, dtype: torch.dtype) -> int:
     """What `lay_out` takes for each value of a weight."""
-    return 2 if dtype is torch.float32 and device.type == "cpu" and fits_half(weight) else dtype.itemsize
+    if dtype is torch.int8:
+        return dtype.itemsize
+    if dtype is torch.float32 and device.type == "cpu" and fits_half(weight):
+        return torch.float16.itemsize
+    return kept_in(dtype, device).itemsize
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

@@ -55,7 +55,7 @@ if HAS_TRITON:
     @pytest.fixture(autouse=True)
     def _dense_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """Weights as they are on a GPU: not packed for a CPU."""
-        monkeypatch.setattr(linear_module, "_CAN_PREPACK", False)
+        monkeypatch.setattr(linear_module, "can_prepack", lambda dtype: False)
         with torch.inference_mode():
             yield
 

@@ -16,9 +16,11 @@ from handler.lm.cpu_step import CpuDecoder
 from handler.lm.decoder import UNKNOWN, Guidance, Window
 from handler.lm.model import LanguageModel
 from handler.lm.sampling import Sampling, uniform_draws
+from handler.quantized import can_quantize
 from tests.checkpoints import lm_checkpoint, lm_config, lm_state
 from tests.unit import reference
 
+NEEDS_INT8 = pytest.mark.skipif(not can_quantize(), reason="this CPU cannot multiply 8-bit integers exactly")
 PREPEND = {"cross": [], "prepend": ["description"], "sum": [], "input_interpolate": []}
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -140,7 +142,7 @@ def test_published_parameter_names_of_torchs_own_attention_load_too() -> None:
     torch.testing.assert_close(row, expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.int8, marks=NEEDS_INT8)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_request_has_the_same_tokens_whoever_runs_beside_it(dtype: torch.dtype, threads: int) -> None:
     # Wide enough for oneDNN's kernels to block, and for the inner sums to be long.
@@ -166,7 +168,7 @@ def test_a_request_has_the_same_tokens_whoever_runs_beside_it(dtype: torch.dtype
         assert torch.equal(a, c)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.int8, 0.05)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), pytest.param(torch.int8, 0.05, marks=NEEDS_INT8)])
 def test_logits_of_a_narrower_dtype_stay_near_those_of_float32(dtype: torch.dtype, bound: float) -> None:
     checkpoint = lm_checkpoint({"dim": 256, "num_heads": 4, "card": 512, "num_layers": 6})
     conditions = conditions_for(lm_config({"dim": 256}))
