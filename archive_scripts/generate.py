@@ -10,6 +10,7 @@ from typing import Any
 
 from archive_scripts.arguments import DTYPES
 from archive_scripts.errors import CommandError
+from handler.cgroup import available_cores
 
 HELP = "generate a clip without a server"
 DESCRIPTION = """\
@@ -50,8 +51,12 @@ def run(args: argparse.Namespace) -> None:
     if not args.output.parent.is_dir():
         raise CommandError(f"--output {args.output}: there is no folder {args.output.parent}")
     # Loading PyTorch takes seconds; `--help` and wrong arguments should not.
+    import torch
+
     from handler.audio import encode, normalize
     from handler.musicgen import Clip, GenerationParams, MusicGen
+
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
 
     seed = secrets.randbelow(2**53) if args.seed is None else args.seed
     params = GenerationParams(

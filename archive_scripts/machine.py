@@ -10,6 +10,7 @@ import socket
 import subprocess
 
 from archive_scripts.errors import CommandError
+from handler.cgroup import available_cores
 
 JAVA_NEEDED = 17
 
@@ -97,12 +98,11 @@ def gpu_count() -> int:
 
 
 def thread_share(workers: int) -> dict[str, str]:
-    """The environment in which so many workers of a machine without GPUs share its cores, instead of each taking all of
-    them. Empty for a single one, and where the operator has set OMP_NUM_THREADS."""
+    """The environment in which the workers of a machine or container without GPUs share its cores, instead of each
+    taking all of them. Empty for a single worker, and where the operator has set OMP_NUM_THREADS."""
     if workers < 2 or "OMP_NUM_THREADS" in os.environ:
         return {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, cores // workers))}
+    return {"OMP_NUM_THREADS": str(max(1, available_cores() // workers))}
 
 
 def size(count: int) -> str:

@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import codec, decode, load, machine, report, serve
+import torch
+
+from benchmarks import codec, decode, load, machine, neighbour, report, serve
 from benchmarks.checkpoints import DIMS
 from benchmarks.report import Table
+from handler.cgroup import available_cores
 
 BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], list[Table]], str]] = {
     "decode": (decode.run, "the decode step, beside transformers and the memory bandwidth"),
+    "neighbour": (neighbour.run, "the decode step alone, and while another process keeps a core busy"),
     "codec": (codec.run, "codes to audio, whole and in chunks, beside transformers' EncodecModel"),
     "load": (load.run, "from files to the first decode step, beside transformers' from_pretrained"),
     "serve": (serve.run, "requests together against one after another and beside transformers; first audio"),
@@ -22,6 +26,7 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], list[Table]], str]] =
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     tables = []
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     for benchmark in args.benchmarks:
         for table in BENCHMARKS[benchmark][0](args):
             print(table.markdown())
@@ -67,7 +72,9 @@ def _add_options(command: argparse.ArgumentParser, benchmarks: Sequence[str]) ->
     option("peer", ["decode", "codec", "load", "serve"], peer, choices=("transformers", "none"), default="transformers")
     rows = "in the decode step, two a request (default: 2 16)"
     option("rows", ["decode"], rows, type=int, nargs="+", default=[2, 16])
-    option("seconds", ["decode"], "of music in decode steps (default: %(default)s)", type=float, default=8.0)
+    option(
+        "seconds", ["decode", "neighbour"], "of music in decode steps (default: %(default)s)", type=float, default=8.0
+    )
     option("lengths", ["codec"], "seconds of clips (default: 10 30)", type=float, nargs="+", default=[10.0, 30.0])
     chunk = "seconds of one chunk of audio (default: %(default)s)"
     option("chunk", ["codec", "serve"], chunk, type=float, default=1.0)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from handler.cgroup import available_cores, available_memory
 from handler.linear import Linear
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,7 @@ def describe(device: str) -> dict[str, str]:
         facts["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         facts["CUDA"] = str(torch.version.cuda)
     instructions = torch.backends.cpu.get_cpu_capability()
-    facts["CPU"] = f"{_cpu_name()} ({instructions}), {psutil.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    facts["CPU"] = f"{_cpu_name()} ({instructions}), {available_cores()} cores, {torch.get_num_threads()} threads used"
     facts["memory"] = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
     facts["system"] = f"{platform.system()}, Python {platform.python_version()}"
     facts["torch"] = torch.__version__
@@ -113,4 +114,4 @@ def free_memory(device: str) -> int:
     """Bytes that can still be claimed."""
     if kind(device) == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return available_memory()

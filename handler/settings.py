@@ -51,14 +51,14 @@ class Settings(BaseModel):
 
     memory_budget: int | None = Field(default=None, ge=1)
     """Bytes for the model and for the keys and values of running requests, claimed at start; default: what the model
-    takes, and half of a machine's memory that is free then, or 85 % of a GPU's."""
+    takes, and half of the memory that is free then on the machine or in its container, or 85 % of a GPU's."""
 
     audio_budget: int = Field(default=2**30, ge=2**20)
     """Bytes of audio that all requests, waiting and running, may bring together: their files and what is decoded of
     them. One more gets a 503 with Retry-After at once. The worker holds them, and the engine once more."""
 
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """Threads of the engine on a CPU; default: as many as cores."""
+    """Threads of the engine on a CPU; default: as many as cores, or the whole cores of a container's quota."""
 
     deterministic: bool = True
     """On a GPU: every decode step computes all rows there can be, so that a request has the same bits whoever runs

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import torch
 
+from handler.cgroup import available_memory
 from handler.checkpoint import LM_FILE, Pointer, read_checkpoint
 from handler.engine.scheduler import Capacity
 from handler.engine.spec import ModelSpec
@@ -32,7 +32,8 @@ def require_room(spec: ModelSpec) -> None:
     """
     device = serving_device(spec.device)
     needed = model_bytes(spec)
-    room, what = _free_memory(device), f"free on {device}"
+    room = _free_memory(device)
+    what = f"free on {device}" if device.type == "cuda" else "free on this machine or within its container's limit"
     if spec.memory_budget is not None and spec.memory_budget < room:
         room, what = spec.memory_budget, "the `memory_budget` of the handler block in model-config.yaml"
     if needed > room:
@@ -93,4 +94,4 @@ def _mib(size: int) -> str:
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return available_memory()

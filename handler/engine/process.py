@@ -22,6 +22,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, NoReturn
 
+from handler.cgroup import available_cores
 from handler.engine.messages import (
     Cancel,
     Card,
@@ -157,8 +158,8 @@ def _load(spec: ModelSpec, emit: Emit, wake: Callable[[], None]) -> tuple[Schedu
     from handler.engine.scheduler import Scheduler
     from handler.musicgen import MusicGen, serving_device
 
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
+    # More threads than a container's quota allows would be stopped in the middle of a step, and the others wait.
+    torch.set_num_threads(spec.threads or min(torch.get_num_threads(), available_cores()))
     device = serving_device(spec.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches where this points, and GPU 0 is not touched by others' workers

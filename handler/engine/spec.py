@@ -14,7 +14,7 @@ class ModelSpec:
     Attributes:
         checkpoint, hub_dir: folders of the model and of its auxiliary models.
         device, dtype: as `MusicGen.get_pretrained`.
-        threads: of torch on a CPU; None is torch's own choice.
+        threads: of torch on a CPU; None is torch's own choice, or the cores of the container if fewer.
         max_concurrency: requests that run together, at most.
         memory_budget: bytes for the model, keys and values; None is a share of what is free once the model is loaded.
         max_prompt_tokens: the longest text, which a prepended condition must find room for.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import codec, decode, load, machine, ready, report, serve
+from benchmarks import codec, decode, load, machine, neighbour, ready, report, serve
 from benchmarks.__main__ import main
 from benchmarks.checkpoints import DIMS, Dims, checkpoint_of, write_checkpoint
 from benchmarks.ours import Ours
@@ -108,6 +108,13 @@ def test_the_decode_benchmark_measures_every_side(checkpoint: Path) -> None:
     assert errors[0] == 0.0
     assert max(errors[1:3]) < 1e-5 < max(errors[3:]) < 0.1
     assert "Steps 2 to 21" in table.notes[0]
+
+
+def test_the_neighbour_benchmark_measures_alone_and_beside_a_busy_process(checkpoint: Path) -> None:
+    [table] = neighbour.measure("tiny", checkpoint, "cpu", 0.4)
+    alone, beside = (number(table.rows[0][column].split()[0]) for column in (0, 1))
+    assert min(alone, beside) > 0
+    assert "GOMP_SPINCOUNT" in table.notes[0]
 
 
 def test_the_decode_benchmark_runs_without_a_peer(checkpoint: Path) -> None:
