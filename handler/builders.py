@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from handler.checkpoint import COMPRESSION_FILE, Checkpoint, Config, load_parameters, read_checkpoint
+from handler.checkpoint import Checkpoint, Config, load_parameters, read_checkpoint
 from handler.compression import CompressionModel, InterleavedStereo, load_encodec
 from handler.compression.pretrained import DAC, DEBUG, load_pretrained
 from handler.conditioners.base import Conditioner
@@ -185,14 +184,10 @@ def _open_compression(path: Path, find_auxiliary: FindAuxiliary, followed: tuple
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, Checkpoint):
         return load_encodec(checkpoint.config, checkpoint.state, checkpoint.source)
-    if checkpoint.name not in (*DAC, DEBUG):
-        # As in audiocraft, an export on this machine comes before a name of the hub.
-        local = Path(os.path.normpath(path.parent / checkpoint.name))
-        target = local / COMPRESSION_FILE if local.is_dir() else local
+    if checkpoint.name not in (*DAC, DEBUG) and (target := checkpoint.local_file):
         if target in (path, *followed):
             raise CheckpointError(f"{path} points to {checkpoint.name!r}, which points back to it.")
-        if target.is_file():
-            return _open_compression(target, find_auxiliary, (*followed, path))
+        return _open_compression(target, find_auxiliary, (*followed, path))
     return load_pretrained(checkpoint.name, find_auxiliary)
 
 
