@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from handler.audio import convert_audio
-from handler.builders import build_compression_model, build_conditioners, build_fuser, build_language_model
+from handler.builders import (
+    build_compression_model,
+    build_conditioners,
+    build_fuser,
+    build_language_model,
+    check_parameter,
+)
 from handler.checkpoint import COMPRESSION_FILE, LM_FILE, Pointer, read_checkpoint
 from handler.compression import CompressionModel
 from handler.conditioners.base import WavInput
@@ -22,13 +29,14 @@ from handler.conditioners.fuser import Fuser
 from handler.conditioners.provider import DESCRIPTION, SELF_WAV, ConditioningProvider, rows_of
 from handler.conditioners.style import StyleConditioner
 from handler.conditioners.t5 import T5Conditioner
-from handler.errors import CheckpointError, RequestError
+from handler.errors import CheckpointError, ModelDivergedError, RequestError
 from handler.generation import Generation
 from handler.gpu import compute_exactly
 from handler.lm.conditions import FusedConditions
 from handler.lm.decoder import Guidance, Slot
 from handler.lm.model import LanguageModel
 from handler.lm.static_step import decoder_for
+from handler.lm.transformer import computed_in
 from handler.params import STYLE_FIELDS, Clip, GenerationParams
 from handler.registry import find_auxiliary, resolve
 
@@ -37,6 +45,7 @@ Callback = Callable[[int, int], None]
 
 _MUSICGEN_STRIDE = 18.0  # seconds; audiocraft's default of extend_stride
 _AUDIOGEN_STRIDE = 2.0
+_LOOK_STEPS = 50  # between two looks at whether the logits are still numbers, which wait for a GPU
 _SHORT_MODEL_STRIDE = 0.6  # of max_duration, for models too short for the default
 
 
@@ -117,7 +126,7 @@ class MusicGen:
                 f"has {compression.num_codebooks} of {compression.cardinality}: they belong to different models."
             )
         conditioning = build_conditioners(checkpoint, find).to(device)
-        lm.finalize(device, dtype, checkpoint.release)
+        lm.finalize(device, dtype, checkpoint.release, partial(check_parameter, checkpoint, computed_in(dtype)))
         max_duration = float(config.section("dataset").get("segment_duration", 30.0))
         stride = _AUDIOGEN_STRIDE if config.get("solver") == "audiogen" else _MUSICGEN_STRIDE
         return cls(compression, lm, conditioning, build_fuser(config), max_duration, stride)
@@ -500,7 +509,10 @@ class MusicGen:
             else:
                 decoder.step()
                 done += len(running)
-            for slot, generation in [pair for pair in running if pair[0].done]:
+            for slot, generation in [pair for pair in running if pair[0].done or pair[0].step % _LOOK_STEPS == 0]:
+                decoder.require_finite(slot)
+                if not slot.done:
+                    continue
                 running.remove((slot, generation))
                 generation.accept(decoder.leave(slot))
                 following = generation.next_window()
@@ -512,7 +524,18 @@ class MusicGen:
 
     def _decode(self, codes: Tensor) -> Tensor:
         """Codes `[K, frames]` -> float32 `[C, T]` on the CPU."""
-        return self.compression_model.decode(codes[None].to(self.device))[0].cpu()
+        wav = self.compression_model.decode(codes[None].to(self.device))[0].cpu()
+        require_finite_audio(wav)
+        return wav
+
+
+def require_finite_audio(wav: Tensor) -> None:
+    """Raises ModelDivergedError for audio `[C, T]` on the CPU that holds anything but numbers."""
+    if not bool(wav.sum().isfinite()):  # a sum leaves no NaN and no infinity out
+        raise ModelDivergedError(
+            "the model diverged: its codec made audio that is not finite (NaN or infinity), so there is no music to "
+            "return. Serve another codec, or an earlier checkpoint of this one."
+        )
 
 
 def serving_device(device: str | torch.device | None) -> torch.device:
