@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from handler.checkpoint import Checkpoint, Config, load_parameters, read_checkpoint
+from handler.checkpoint import COMPRESSION_FILE, Checkpoint, Config, load_parameters, read_checkpoint
 from handler.compression import CompressionModel, InterleavedStereo, load_encodec
 from handler.compression.pretrained import DAC, DEBUG, load_pretrained
 from handler.compression.state import TRAINING_STATISTICS
@@ -213,10 +213,20 @@ def _open_compression(path: Path, find_auxiliary: FindAuxiliary, followed: tuple
     if isinstance(checkpoint, Checkpoint):
         return load_encodec(checkpoint.config, checkpoint.state, checkpoint.source)
     if checkpoint.name not in (*DAC, DEBUG) and (target := checkpoint.local_file):
-        if target in (path, *followed):
-            raise CheckpointError(f"{path} points to {checkpoint.name!r}, which points back to it.")
-        return _open_compression(target, find_auxiliary, (*followed, path))
+        return _follow(target, path, checkpoint.name, find_auxiliary, followed)
+    if checkpoint.name not in (*DAC, DEBUG):
+        own = find_auxiliary(checkpoint.name) / COMPRESSION_FILE
+        if own.is_file():  # audiocraft's own layout instead of transformers'
+            return _follow(own, path, checkpoint.name, find_auxiliary, followed)
     return load_pretrained(checkpoint.name, find_auxiliary)
+
+
+def _follow(
+    target: Path, path: Path, name: str, find_auxiliary: FindAuxiliary, followed: tuple[Path, ...]
+) -> CompressionModel:
+    if target in (path, *followed):
+        raise CheckpointError(f"{path} points to {name!r}, which points back to it.")
+    return _open_compression(target, find_auxiliary, (*followed, path))
 
 
 def _transformer_config(config: Config, section: Section) -> TransformerConfig:

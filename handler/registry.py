@@ -59,7 +59,10 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Auxiliary:
-    """A model the checkpoints lean on. `files` are needed, where there are any; of `weights`, the first there is."""
+    """A model the checkpoints lean on. `files` are needed, where there are any; of `weights`, the first there is.
+
+    A codec may be in audiocraft's own layout (`compression_state_dict.bin`) or in transformers'.
+    """
 
     repo: str
     files: tuple[str, ...]
@@ -127,7 +130,7 @@ AUXILIARIES: dict[str, Auxiliary] = {
     "t5-small": Auxiliary("google-t5/t5-small", _TRANSFORMERS_FILES, WEIGHTS),
     "t5-base": Auxiliary("google-t5/t5-base", _TRANSFORMERS_FILES, WEIGHTS),
     "t5-large": Auxiliary("google-t5/t5-large", _TRANSFORMERS_FILES, WEIGHTS),
-    "encodec_32khz": Auxiliary("facebook/encodec_32khz", ("config.json",), WEIGHTS),
+    "encodec_32khz": Auxiliary("facebook/encodec_32khz", ("config.json",), (COMPRESSION_FILE, *WEIGHTS)),
     "dac_44khz": Auxiliary("descript/dac_44khz", ("config.json",), WEIGHTS),
     "dac_24khz": Auxiliary("descript/dac_24khz", ("config.json",), WEIGHTS),
     "MERT-v1-95M": Auxiliary("m-a-p/MERT-v1-95M", ("config.json",), WEIGHTS),
@@ -316,7 +319,7 @@ def find_auxiliary_model(name: str) -> Auxiliary:
     """What is known of an auxiliary model; one that is not is taken for a transformers one on the hub."""
     known = AUXILIARIES.get(auxiliary_folder_name(name))
     if known is None or ("/" in name and name != known.repo):
-        return Auxiliary(name, _TRANSFORMERS_FILES, WEIGHTS)
+        return Auxiliary(name, _TRANSFORMERS_FILES, (COMPRESSION_FILE, *WEIGHTS))
     return known
 
 
