@@ -28,6 +28,7 @@ from archive_scripts.files import parse_sums, progress, read_sha256, require_spa
 from archive_scripts.members import MANIFEST, Archive, open_archive
 from archive_scripts.needs import needed_auxiliaries
 from handler.errors import CheckpointError, ModelDivergedError
+from handler.model_folder import require_kind
 from handler.registry import CHECKPOINT_FILES, auxiliary_files, auxiliary_folder_name
 from handler.settings import Settings, SettingsError
 
@@ -241,7 +242,8 @@ def _missing_auxiliaries(checkpoint: Path) -> list[str]:
             found.append(f"{name}: there is no {CHECKPOINT}hub/{folder.name}")
             continue
         try:
-            auxiliary_files(name, folder)
+            for file in auxiliary_files(name, folder):
+                require_kind(folder / file)
         except CheckpointError as error:
             found.append(f"{name}: {error}")
     return found

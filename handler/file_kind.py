@@ -39,6 +39,7 @@ class Kind(Enum):
     TAR = auto()
     COMPRESSED = auto()
     TEXT = auto()
+    EMPTY = auto()
     OTHER = auto()
 
 
@@ -71,7 +72,7 @@ def file_kind(path: Path) -> FileKind:
     with path.open("rb") as file:
         head = file.read(_HEAD)
     if not head:
-        return FileKind(Kind.OTHER, "an empty file", _AGAIN)
+        return FileKind(Kind.EMPTY, "an empty file", _AGAIN)
     if head.startswith(b"PK\x03\x04"):
         return _zip_kind(path)
     if head[0] == 0x80 and _LEGACY_TORCH in head[:32]:

@@ -70,6 +70,14 @@ def require_safetensors(path: Path) -> None:
         raise CheckpointError(wrong_kind(path, "a safetensors file", found))
 
 
+def require_kind(path: Path) -> None:
+    """Raises CheckpointError for a file of a model that begins as no file of its name does; says what it is."""
+    if path.suffix == ".json":
+        require_json(path)
+    elif (found := file_kind(path)).kind in (Kind.TEXT, Kind.EMPTY):
+        raise CheckpointError(wrong_kind(path, f"a model's {path.name}", found))
+
+
 def require_json(path: Path) -> None:
     """Raises CheckpointError for a file that is there and does not begin as a JSON object does."""
     if not path.is_file():

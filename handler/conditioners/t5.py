@@ -13,9 +13,9 @@ from torch import Tensor
 from handler.conditioners.base import TextConditioner
 from handler.conditioners.fuser import Condition
 from handler.errors import CheckpointError
-from handler.file_kind import Kind, file_kind, wrong_kind
+from handler.file_kind import file_kind, wrong_kind
 from handler.finite import require_finite
-from handler.model_folder import require_json, require_safetensors, weights_file
+from handler.model_folder import require_json, require_kind, require_safetensors, weights_file
 
 
 class T5Conditioner(TextConditioner):
@@ -105,9 +105,8 @@ def _require_kinds(folder: Path, weights: bool) -> None:
     """Raises CheckpointError for a file that is not what its name says, before transformers reads it."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         require_json(folder / name)
-    spiece = folder / "spiece.model"
-    if spiece.is_file() and ((found := file_kind(spiece)).kind is Kind.TEXT or spiece.stat().st_size == 0):
-        raise CheckpointError(wrong_kind(spiece, "a SentencePiece model", found))
+    if (folder / "spiece.model").is_file():
+        require_kind(folder / "spiece.model")
     file = weights_file(folder)
     if file is None or not weights:
         return

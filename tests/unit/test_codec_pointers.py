@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from archive_scripts.fetch import fetch
 from archive_scripts.pack import pack
 from archive_scripts.verify import verify
 from handler.builders import build_compression_model
@@ -76,3 +77,18 @@ def test_an_archive_holds_the_codec_of_either_layout(own: Path, tmp_path: Path) 
     shutil.copytree(own, mine / "hub" / "encodec_32khz")
     archive = pack(str(mine), output=tmp_path / "store")
     assert [found for _, found in verify(archive)] == [[]] * 6
+
+
+@pytest.mark.parametrize("file", ["hub/t5-base/model.safetensors", "state_dict.bin", "compression_state_dict.bin"])
+def test_a_git_lfs_pointer_is_told_where_it_lies_before_anything_is_packed_or_copied(
+    file: str, own: Path, tmp_path: Path
+) -> None:
+    mine = Path(shutil.copytree(own, tmp_path / "mine"))
+    shutil.copy(GOLDENS / "text_mono" / LM_FILE, mine)
+    shutil.copytree(GOLDENS / "hub" / "t5-base", mine / "hub" / "t5-base")
+    (mine / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4c83\nsize 841019693\n")
+    says = rf"{mine / file} cannot be read: it is a Git LFS pointer.*`git -C {(mine / file).parent} lfs pull`"
+    with pytest.raises(CheckpointError, match=says):
+        pack(str(mine), output=tmp_path / "store")
+    with pytest.raises(CheckpointError, match=says):
+        fetch("small", tmp_path / "fetched", mine)
