@@ -25,7 +25,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from archive_scripts.files import copy_stream, progress, require_space
-from handler.checkpoint import COMPRESSION_FILE, LM_FILE, STATE_KEYS, Config, export_command, wrapper_of
+from handler.checkpoint import (
+    COMPRESSION_FILE,
+    LM_FILE,
+    STATE_KEYS,
+    Config,
+    export_command,
+    transformers_refusal,
+    wrapper_of,
+)
 from handler.errors import CheckpointError
 from handler.file_kind import Kind, file_kind, wrong_kind
 from handler.registry import TRAINING_FILE
@@ -156,6 +164,8 @@ def _parameters(package: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             f"{path}: {key} holds one process's part of a model trained with FSDP ({wrapped[0]}), and there is no "
             "fsdp_best_state. Take the file of the first process, without a number at its end."
         )
+    if refusal := transformers_refusal(path, state):
+        raise CheckpointError(refusal)
     return _unwrapped({str(name): value.detach() for name, value in state.items()}, path)
 
 

@@ -7,7 +7,7 @@ import mmap
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,6 +202,25 @@ def export_command(path: Path, base: bool = False) -> str:
     return f"{command}, where small stands for the model that it was trained from." if base else f"{command}."
 
 
+def transformers_refusal(path: Path, names: Iterable[object]) -> str | None:
+    """What to say of parameters by these names that transformers saved; None: it did not."""
+    if not any(str(name).startswith(_TRANSFORMERS) for name in names):
+        return None
+    return (
+        f"{path} holds MusicGen in transformers' own layout, which cannot be loaded here. Get audiocraft's export of "
+        "the same model: `python -m archive_scripts fetch small FOLDER`, with its name in the place of small."
+    )
+
+
+_TRANSFORMERS = (
+    "decoder.model.decoder.",
+    "decoder.lm_heads.",
+    "text_encoder.",
+    "model.decoder.embed_tokens.",
+    "lm_heads.",
+)
+
+
 def _holds_tensors(state: Mapping[Any, Any]) -> bool:
     return all(isinstance(value, Tensor) for value in state.values())
 
@@ -210,12 +229,8 @@ def _not_exported(path: Path, package: Mapping[Any, Any]) -> str:
     """What a torch file is that holds a dictionary and is not an export, and how it becomes one."""
     keys = sorted(map(str, package))
     parameters = package if package and _holds_tensors(package) else {}
-    if any(str(name).startswith(("decoder.model.decoder.", "text_encoder.")) for name in parameters):
-        return (
-            f"{path} holds MusicGen in transformers' own layout, which cannot be loaded here. Get "
-            "audiocraft's export of the same model: `python -m archive_scripts fetch small FOLDER`, "
-            "with its name in the place of small."
-        )
+    if refusal := transformers_refusal(path, parameters):
+        return refusal
     if parameters:
         return f"{path} holds parameters without their configuration (a bare state_dict). {export_command(path, True)}"
     nested = [key for key in STATE_KEYS if isinstance(package.get(key), dict) and package[key]]

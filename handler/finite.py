@@ -12,7 +12,7 @@ def require_finite(tensor: Tensor, name: str, source: str, dtype: torch.dtype | 
     """Check that every value of a weight is finite, and stays so in the dtype it is served in.
 
     It reads the tensor once and keeps no copy: its least and its largest value are NaN where any value is. On one core
-    that takes 0.12 ms per MB of float16, 0.1 s for musicgen-small.
+    that takes 0.15 of the 8 seconds in which musicgen-small loads.
 
     Args:
         tensor: of any shape and dtype; only floating values are looked at.

@@ -230,6 +230,42 @@ def test_what_no_export_can_be_made_of_is_said_so(content: bytes, says: str, bas
         export(tmp_path / LM_FILE, tmp_path / "out", base=str(base))
 
 
+def test_weights_of_transformers_end_in_a_true_statement(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hub copy"
+    folder.mkdir()
+    save_file({"decoder.lm_heads.0.weight": torch.zeros(2)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        resolve(str(folder))
+    with pytest.raises(CheckpointError, match=r"transformers' own layout.*`python -m archive_scripts fetch"):
+        export(Path(command_in(error.value, base)[1]), tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"transformers' own layout"):
+        export(folder / "model.safetensors", tmp_path / "out", base=str(base))
+
+
+def test_a_training_folder_in_the_place_of_a_checkpoint_is_told_its_command(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "97d170e1").mkdir()
+    (tmp_path / "97d170e1" / "checkpoint.th").write_bytes(FORMS["a training checkpoint"])
+    with pytest.raises(CheckpointError, match="This is a training folder") as error:
+        resolve("./97d170e1")
+    assert main([*command_in(error.value, base), "--base", str(base)]) == 0
+    assert_is_the_model(tmp_path / "OUT")
+
+
+def test_a_checkpoint_without_its_codec_is_told_its_command(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    shutil.copy(GOLDENS / "text_mono" / LM_FILE, tmp_path / "mine")
+    with pytest.raises(CheckpointError, match=r"compression_state_dict\.bin missing.*add --base") as error:
+        resolve("./mine")
+    assert main([*command_in(error.value, base), "--base", str(base)]) == 0
+    assert_is_the_model(tmp_path / "OUT")
+
+
 def test_a_tar_archive_of_something_else_names_what_it_holds(base: Path, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar_of({"readme.txt": b"hello", "../../evil": b"x"}))
     with pytest.raises(CheckpointError, match=r"no torch or safetensors file: readme\.txt, \.\./\.\./evil"):
