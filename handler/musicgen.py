@@ -312,7 +312,7 @@ class MusicGen:
             descriptions: B texts; None or "" is none.
             melody_wavs: B tensors or NumPy arrays `[C, T]`, or None for no melody; or one `[B, C, T]` or `[C, T]`.
                 Floats have a full scale of 1, integers (int8, int16, int32, uint8) that of their type.
-            melody_sample_rate: their rate, 1000 to 768000 Hz.
+            melody_sample_rate: their rate, 1000 to 768000 Hz, a multiple of 25.
             progress, return_tokens: as `generate`.
 
         Returns:
@@ -343,7 +343,7 @@ class MusicGen:
 
         Args:
             prompt: a tensor or NumPy array `[B, C, T]` or `[C, T]`, of the types of a melody.
-            prompt_sample_rate: its rate, 1000 to 768000 Hz.
+            prompt_sample_rate: its rate, 1000 to 768000 Hz, a multiple of 25.
             descriptions: B texts, or None for none.
             progress, return_tokens: as `generate`.
 
@@ -454,11 +454,18 @@ class MusicGen:
             raise RequestError("melody", "this model takes no melody; use a melody or style model")
         if clip.melody_sample_rate is None or params.seed is None:
             raise RequestError("melody", "its sample rate is missing")
-        wav = convert_audio(clip.melody, clip.melody_sample_rate, self.sample_rate, self.audio_channels)  # [C, T]
+        wav = self._converted("melody", clip.melody, clip.melody_sample_rate)
         style = (getattr(params, field) for field in STYLE_FIELDS)
         wav_input = WavInput(wav.mean(dim=0), self.sample_rate, params.seed, *style)
         conditioner.check(wav_input)
         return wav_input
+
+    def _converted(self, field: str, wav: Tensor, sample_rate: int) -> Tensor:
+        """Audio `[C, T]` at the model's rate and with its channels, `[C', T']`."""
+        converted = convert_audio(wav, sample_rate, self.sample_rate, self.audio_channels)
+        if not converted.shape[-1]:
+            raise RequestError(field, f"is shorter than one sample at the model's {self.sample_rate} Hz")
+        return converted
 
     def _recut(self, wav: WavInput, first_frame: int) -> WavInput:
         """The audio of one window of several: from the window's own time on, repeated to fill `max_duration`."""
@@ -479,9 +486,7 @@ class MusicGen:
             return torch.zeros(self.lm.num_codebooks, 0, dtype=torch.long)
         if clip.continuation_sample_rate is None:
             raise RequestError("continuation", "its sample rate is missing")
-        wav = convert_audio(
-            clip.continuation, clip.continuation_sample_rate, self.sample_rate, self.audio_channels
-        )  # [C, T]
+        wav = self._converted("continuation", clip.continuation, clip.continuation_sample_rate)
         codes, scale = self.compression_model.encode(wav[None].to(self.device))
         if scale is not None:
             raise RequestError("continuation", "this model's compression model rescales audio, so it cannot continue")

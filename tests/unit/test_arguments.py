@@ -134,6 +134,13 @@ def test_shapes_are_those_of_audiocraft(model: MusicGen, melody_model: MusicGen)
         model.generate_continuation(TONE, RATE, ["a", "b"])
 
 
+def test_audio_that_is_shorter_than_one_sample_of_the_model_is_refused(model: MusicGen, melody_model: MusicGen) -> None:
+    with pytest.raises(RequestError, match=r"^continuation: is shorter than one sample at the model's 32000 Hz"):
+        model.generate_continuation(torch.zeros(1, 1), 768_000)
+    with pytest.raises(RequestError, match=r"^melody: is shorter than one sample at the model's 32000 Hz"):
+        melody_model.generate_with_chroma(["a"], [torch.zeros(1, 1)], 768_000)
+
+
 @pytest.mark.parametrize("rate", [np.int64(RATE), np.int32(RATE), np.float64(RATE), 32000.0, torch.tensor(RATE)])
 def test_rates_may_be_whole_numbers_of_any_type(rate: Any) -> None:
     assert as_rate(rate, "rate") == RATE
@@ -141,10 +148,10 @@ def test_rates_may_be_whole_numbers_of_any_type(rate: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "rate", [0, -1, 999, 768_001, 44100.5, math.nan, math.inf, None, True, "32000", [RATE], 10**30]
+    "rate", [0, -1, 975, 44_101, 768_001, 44100.5, math.nan, math.inf, None, True, "32000", [RATE], 10**30]
 )
 def test_a_rate_that_is_none_is_refused_by_both_arguments(rate: Any, model: MusicGen, melody_model: MusicGen) -> None:
-    says = "must be a whole number of Hz from 1000 to 768000, not"
+    says = "must be a whole number of Hz from 1000 to 768000 and a multiple of 25, not"
     with pytest.raises(RequestError, match=rf"^prompt_sample_rate: {says}"):
         model.generate_continuation(TONE, rate)
     with pytest.raises(RequestError, match=rf"^melody_sample_rate: {says}"):
