@@ -145,7 +145,7 @@ def _text_kind(path: Path, head: bytes) -> FileKind | None:
         return FileKind(
             Kind.TEXT,
             "a Git LFS pointer, a few lines of text in the place of the file",
-            f"Get the file itself: `git -C {_quoted(path.parent)} lfs pull` (after `git lfs install`).",
+            f"Get the file itself: `cd {_quoted(path.parent)} && git lfs pull` (after `git lfs install`).",
         )
     if "/annex/objects/" in text[:200]:
         return FileKind(

@@ -192,8 +192,8 @@ def npy() -> bytes:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4c8334b0\nsize 841019693\n"
 OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
-    "lfs": (LFS, "a Git LFS pointer", "lfs pull`"),
-    "lfs, windows": (LFS.replace(b"\n", b"\r\n"), "a Git LFS pointer", "lfs pull`"),
+    "lfs": (LFS, "a Git LFS pointer", "git lfs pull`"),
+    "lfs, windows": (LFS.replace(b"\n", b"\r\n"), "a Git LFS pointer", "git lfs pull`"),
     "annex": (b"/annex/objects/MD5E-s123--abc.bin\n", "a git-annex pointer", "annex get"),
     "html": (b"<!DOCTYPE html>\n<html><head><title>Sign in</title>", "an HTML page", "archive_scripts fetch"),
     "html after a comment": (b"\xef\xbb\xbf\n<!-- x --><HTML lang=en>", "an HTML page", "/resolve/"),

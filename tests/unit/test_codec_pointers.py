@@ -87,7 +87,7 @@ def test_a_git_lfs_pointer_is_told_where_it_lies_before_anything_is_packed_or_co
     shutil.copy(GOLDENS / "text_mono" / LM_FILE, mine)
     shutil.copytree(GOLDENS / "hub" / "t5-base", mine / "hub" / "t5-base")
     (mine / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4c83\nsize 841019693\n")
-    says = rf"{mine / file} cannot be read: it is a Git LFS pointer.*`git -C {(mine / file).parent} lfs pull`"
+    says = rf"{mine / file} cannot be read: it is a Git LFS pointer.*`cd {(mine / file).parent} && git lfs pull`"
     with pytest.raises(CheckpointError, match=says):
         pack(str(mine), output=tmp_path / "store")
     with pytest.raises(CheckpointError, match=says):

@@ -179,7 +179,7 @@ HTML = b"<!doctype html>\n<html><head><title>404</title></head></html>"
 def test_a_file_of_t5_that_is_another_kind_is_told_what_it_is(name: str, content: bytes, tmp_path: Path) -> None:
     t5 = shutil.copytree(HUB / "t5-base", tmp_path / "t5-base")
     (t5 / name).write_bytes(content)
-    what = {LFS: r"a Git LFS pointer.*lfs pull`", HTML: r"an HTML page", b"": r"an empty file"}[content]
+    what = {LFS: r"a Git LFS pointer.*git lfs pull`", HTML: r"an HTML page", b"": r"an empty file"}[content]
     with pytest.raises(CheckpointError, match=rf"{name} cannot be read: it is {what}"):
         T5Conditioner(t5, 8)
 
@@ -191,7 +191,7 @@ def test_a_file_of_another_auxiliary_model_that_is_another_kind_is_told_what_it_
 ) -> None:
     copy = shutil.copytree(HUB / folder, tmp_path / folder)
     (copy / name).write_bytes(LFS)
-    with pytest.raises(CheckpointError, match=rf"{name} cannot be read: it is a Git LFS pointer.*lfs pull"):
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read: it is a Git LFS pointer.*git lfs pull"):
         load(copy)
 
 
