@@ -38,6 +38,7 @@ from archive_scripts.files import SUMS_FILE, copy_stream, move_into_place, progr
 from archive_scripts.members import MANIFEST, open_archive
 from archive_scripts.needs import codec_file, needed_auxiliaries
 from handler.checkpoint import COMPRESSION_FILE, LM_FILE
+from handler.model_folder import require_kind
 from handler.registry import CHECKPOINT_FILES, HTDEMUCS, auxiliary_files, auxiliary_folder_name, find_auxiliary
 from handler.settings import Settings
 
@@ -111,6 +112,7 @@ def collect(
         if auxiliary_folder_name(name) == HTDEMUCS:
             folder = _converted_htdemucs(folder, made)
         for file in auxiliary_files(name, folder):
+            require_kind(folder / file)
             files[f"{CHECKPOINT}hub/{auxiliary_folder_name(name)}/{file.as_posix()}"] = folder / file
     files |= handler_files()
     settings = Settings.from_model_config({"handler": dict(handler or {})})

@@ -44,11 +44,9 @@ def codec_file(checkpoint_folder: Path) -> Path:
         pointer = read_checkpoint(path)
         if not isinstance(pointer, Pointer) or pointer.name in (*DAC, DEBUG):
             return path
-        target = path.parent / pointer.name
-        target = target / COMPRESSION_FILE if target.is_dir() else target
-        if not target.is_file():
+        if pointer.local_file is None:
             return path
-        path = Path(os.path.normpath(target))
+        path = pointer.local_file
     raise CheckpointError(f"{seen[0]} points to {path}, which points back to itself.")
 
 

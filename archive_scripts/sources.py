@@ -13,6 +13,7 @@ from archive_scripts.errors import CommandError
 from archive_scripts.files import copy_stream, progress, read_sha256, write_whole
 from handler.errors import CheckpointError
 from handler.hub import hub_errors
+from handler.model_folder import require_kind
 from handler.registry import REVISIONS, SHA256
 
 SOURCES_FILE = "SOURCES.json"
@@ -121,7 +122,13 @@ def download(listing: Listing, folder: Path, expected: dict[str, str]) -> Source
 
 
 def copy_local(source: Path, files: list[str], folder: Path) -> Source:
-    """Copies files of a folder of this machine; each appears only when it is complete."""
+    """Copies files of a folder of this machine; each appears only when it is complete.
+
+    Raises:
+        CheckpointError: one is something else, such as a Git LFS pointer or an HTML page in the place of weights.
+    """
+    for file in files:
+        require_kind(source / file)
     folder.mkdir(parents=True, exist_ok=True)
     sums = {}
     with progress(source.name, sum((source / file).stat().st_size for file in files)) as bar:

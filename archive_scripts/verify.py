@@ -27,7 +27,8 @@ from archive_scripts.errors import CommandError
 from archive_scripts.files import parse_sums, progress, read_sha256, require_space
 from archive_scripts.members import MANIFEST, Archive, open_archive
 from archive_scripts.needs import needed_auxiliaries
-from handler.errors import CheckpointError
+from handler.errors import CheckpointError, ModelDivergedError
+from handler.model_folder import require_kind
 from handler.registry import CHECKPOINT_FILES, auxiliary_files, auxiliary_folder_name
 from handler.settings import Settings, SettingsError
 
@@ -35,10 +36,14 @@ HELP = "check that an archive is whole, safe and serves"
 DESCRIPTION = """\
 Check an archive, a .mar file or the folder of `pack --format no-archive`: that no path leads out of it, the checksums
 of every file, the manifest, model-config.yaml, that every auxiliary model is inside, and that the model can be rebuilt
-(which needs the memory and the time of loading it on a CPU). Nothing is downloaded.
+and makes a short clip (which needs the memory and the time of loading it on a CPU): a weight that is NaN or infinite is
+named. Nothing is downloaded.
 
 The exit code is 0 when all of it holds, 1 when something does not, 2 when there is no archive to check.
 """
+
+CLIP_SECONDS = 0.2
+"""Of the clip that a rebuilt model must be able to make."""
 
 # TorchServe's other keys that an operator may set in model-config.yaml.
 OPTIONAL_KEYS = frozenset(
@@ -237,7 +242,8 @@ def _missing_auxiliaries(checkpoint: Path) -> list[str]:
             found.append(f"{name}: there is no {CHECKPOINT}hub/{folder.name}")
             continue
         try:
-            auxiliary_files(name, folder)
+            for file in auxiliary_files(name, folder):
+                require_kind(folder / file)
         except CheckpointError as error:
             found.append(f"{name}: {error}")
     return found
@@ -248,7 +254,9 @@ def _rebuilt(checkpoint: Path) -> Iterator[tuple[str, list[str]]]:
 
     try:
         model = MusicGen.get_pretrained(checkpoint, device="cpu", hub_dir=checkpoint / "hub")
-    except CheckpointError as error:
+        model.set_generation_params(duration=CLIP_SECONDS, seed=0)
+        model.generate(["verify"])
+    except (CheckpointError, ModelDivergedError) as error:
         yield "the model rebuilds", [str(error)]
         return
     sound = f"{model.sample_rate} Hz, {'stereo' if model.audio_channels == 2 else 'mono'}"

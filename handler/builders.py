@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from handler.checkpoint import COMPRESSION_FILE, Checkpoint, Config, load_parameters, read_checkpoint
 from handler.compression import CompressionModel, InterleavedStereo, load_encodec
 from handler.compression.pretrained import DAC, DEBUG, load_pretrained
+from handler.compression.state import TRAINING_STATISTICS
 from handler.conditioners.base import Conditioner
 from handler.conditioners.fuser import METHODS, Fuser
 from handler.conditioners.lut import LUTConditioner, get_words, natural_words
@@ -19,6 +20,8 @@ from handler.conditioners.provider import ConditioningProvider
 from handler.conditioners.style import build_style
 from handler.conditioners.t5 import T5Conditioner
 from handler.errors import CheckpointError
+from handler.finite import require_finite
+from handler.lm.embedding import Rotary
 from handler.lm.model import LanguageModel
 from handler.lm.patterns import PatternProvider, get_pattern_provider
 from handler.lm.transformer import TransformerConfig
@@ -28,6 +31,9 @@ FindAuxiliary = Callable[[str], Path]
 """From the name of an auxiliary model, as configs spell it (`t5-base`), to its folder."""
 
 _PROVIDER = "condition_provider."
+
+_OPTIONAL_BUFFERS = frozenset({"window", "num_batches_tracked", *TRAINING_STATISTICS})
+"""Buffers of conditioners that follow from the config, or that only training reads; a file may lack them."""
 
 # Keys of transformer_lm that only matter to training, or choose between implementations of the same numbers.
 _WITHOUT_EFFECT = frozenset(
@@ -68,8 +74,26 @@ def build_language_model(checkpoint: Checkpoint) -> LanguageModel:
             continue  # each layer repeats the rotary frequencies of `transformer.rope`
         # Models trained with torch's own attention name its parameters one level deeper.
         state[name.replace(".mha.", ".")] = tensor
+    if lm.transformer.rope is not None:
+        _complete_rope(state, checkpoint, transformer)
     load_parameters(lm, state, checkpoint.source)
     return lm
+
+
+def _complete_rope(state: dict[str, Tensor], checkpoint: Checkpoint, config: TransformerConfig) -> None:
+    """Adds the rotary buffers that a file lacks: a layer's copy, else those of the config, rounded as the file is."""
+    dtype = checkpoint.state["emb.0.weight"].dtype if "emb.0.weight" in checkpoint.state else torch.float32
+    for name, value in Rotary.computed(config.head_dim, config.max_period, config.xpos).items():
+        copy = checkpoint.state.get(f"transformer.layers.0.self_attn.rope.{name}")
+        state.setdefault(f"transformer.rope.{name}", value.to(dtype) if copy is None else copy)
+
+
+def check_parameter(checkpoint: Checkpoint, dtype: torch.dtype, name: str, parameter: Tensor) -> None:
+    """Raises CheckpointError for a parameter of the language model that is not finite, in the file or in the dtype that
+    the model computes in. The name is the model's own; the message has the file's."""
+    key = name if name in checkpoint.state else re.sub(r"(self_attn|cross_attention)\.", r"\1.mha.", name)
+    in_float32 = ".rope." in name
+    require_finite(parameter, key, checkpoint.source, torch.float32 if in_float32 else dtype)
 
 
 def build_fuser(config: Config) -> Fuser:
@@ -95,6 +119,8 @@ def build_conditioners(checkpoint: Checkpoint, find_auxiliary: FindAuxiliary) ->
     config = checkpoint.config
     section = config.section("conditioners")
     state = {n.removeprefix(_PROVIDER): t for n, t in checkpoint.state.items() if n.startswith(_PROVIDER)}
+    for name, tensor in state.items():
+        require_finite(tensor, _PROVIDER + name, checkpoint.source, torch.float32)
     conditioners: dict[str, Conditioner] = {}
     for name in section:
         if name == "args":
@@ -113,7 +139,8 @@ def build_conditioners(checkpoint: Checkpoint, find_auxiliary: FindAuxiliary) ->
         conditioners[name] = _CONDITIONERS[kind](config, section.section(name).section(kind), own, find_auxiliary)
     provider = ConditioningProvider(conditioners)
     auxiliary = tuple(f"conditioners.{name}.t5." for name in conditioners)
-    state = {n: t.float() for n, t in state.items() if not n.startswith(auxiliary)}
+    computed = {n: b for n, b in provider.named_buffers() if n.rpartition(".")[2] in _OPTIONAL_BUFFERS}
+    state = computed | {n: t.float() for n, t in state.items() if not n.startswith(auxiliary)}
     load_parameters(provider, state, checkpoint.source, _PROVIDER)
     return provider.eval().requires_grad_(False)
 
@@ -185,15 +212,21 @@ def _open_compression(path: Path, find_auxiliary: FindAuxiliary, followed: tuple
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, Checkpoint):
         return load_encodec(checkpoint.config, checkpoint.state, checkpoint.source)
+    if checkpoint.name not in (*DAC, DEBUG) and (target := checkpoint.local_file):
+        return _follow(target, path, checkpoint.name, find_auxiliary, followed)
     if checkpoint.name not in (*DAC, DEBUG):
-        # As in audiocraft, an export on this machine comes before a name of the hub.
-        local = Path(os.path.normpath(path.parent / checkpoint.name))
-        target = local / COMPRESSION_FILE if local.is_dir() else local
-        if target in (path, *followed):
-            raise CheckpointError(f"{path} points to {checkpoint.name!r}, which points back to it.")
-        if target.is_file():
-            return _open_compression(target, find_auxiliary, (*followed, path))
+        own = find_auxiliary(checkpoint.name) / COMPRESSION_FILE
+        if own.is_file():  # audiocraft's own layout instead of transformers'
+            return _follow(own, path, checkpoint.name, find_auxiliary, followed)
     return load_pretrained(checkpoint.name, find_auxiliary)
+
+
+def _follow(
+    target: Path, path: Path, name: str, find_auxiliary: FindAuxiliary, followed: tuple[Path, ...]
+) -> CompressionModel:
+    if target in (path, *followed):
+        raise CheckpointError(f"{path} points to {name!r}, which points back to it.")
+    return _open_compression(target, find_auxiliary, (*followed, path))
 
 
 def _transformer_config(config: Config, section: Section) -> TransformerConfig:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import pickle
-import re
+import os
+import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from handler.errors import CheckpointError
+from handler.file_kind import Kind, file_kind, wrong_kind
+from handler.torch_file import ForeignClassError, read_torch_file
 
 LM_FILE = "state_dict.bin"
 COMPRESSION_FILE = "compression_state_dict.bin"
@@ -123,6 +125,14 @@ class Pointer:
     source: str
     name: str
 
+    @property
+    def local_file(self) -> Path | None:
+        """The exported codec on this machine that the name leads to, from the pointer's own folder; None: it is a name
+        of the hub. As in audiocraft, a folder or file that exists comes first."""
+        named = Path(os.path.normpath(Path(self.source).parent / self.name))
+        target = named / COMPRESSION_FILE if named.is_dir() else named
+        return target if target.is_file() else None
+
 
 def read_checkpoint(path: Path) -> Checkpoint | Pointer:
     """Reads an exported checkpoint file.
@@ -130,27 +140,132 @@ def read_checkpoint(path: Path) -> Checkpoint | Pointer:
     Only tensors and plain types are unpickled (`weights_only`), and the tensors stay in the file until they are used.
 
     Raises:
-        CheckpointError: if the file is absent, cut short, holds foreign classes, or is not an export.
+        CheckpointError: if the file is absent, cut short, holds foreign classes, or is not an export. The message says
+            what it is, and which command makes an export of it if one can be made.
     """
-    package = _load(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist. A checkpoint folder holds {LM_FILE} and {COMPRESSION_FILE}.")
+    _require_torch(path)
+    try:
+        package, mapped = read_torch_file(path)
+    except ForeignClassError as error:
+        if not error.name.startswith("omegaconf."):
+            raise
+        raise CheckpointError(
+            f"{path} is a training checkpoint, or the file of a fine-tuner: its xp.cfg is a pickled object "
+            f"({error.name}). {export_command(path)}"
+        ) from error
     if not isinstance(package, dict):
-        raise CheckpointError(f"{path} holds a {type(package).__name__}, not an exported checkpoint. {_EXPORT}")
+        raise CheckpointError(
+            f"{path} holds a {type(package).__name__}, not an exported checkpoint, and no model can be made of it. "
+            "Get the checkpoint from its publisher again."
+        )
     if "pretrained" in package:
         return Pointer(str(path), str(package["pretrained"]))
-    if "best_state" not in package and {"model", "optimizer", "fsdp_best_state"} & set(package):
-        raise CheckpointError(f"{path} is a training checkpoint. {_EXPORT}")
-    missing = [key for key in ("best_state", "xp.cfg") if key not in package]
-    if missing:
-        raise CheckpointError(f"{path} has no key {missing[0]!r}, only {sorted(map(str, package))[:6]}. {_EXPORT}")
-    state, config = package["best_state"], package["xp.cfg"]
-    if not isinstance(state, dict) or not isinstance(config, str):
-        raise CheckpointError(f"{path} is a training checkpoint. {_EXPORT}")
-    strange = [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]
-    if strange:
-        raise CheckpointError(f"{path} is a training checkpoint: best_state[{strange[0]!r}] is no tensor. {_EXPORT}")
+    state, config = package.get("best_state"), package.get("xp.cfg")
+    if not isinstance(config, str) or not isinstance(state, dict) or not _holds_tensors(state):
+        raise CheckpointError(_not_exported(path, package))
+    if wrapper := wrapper_of(state):
+        raise CheckpointError(
+            f"{path} holds a wrapped model: names of its parameters begin with {wrapper!r}. {export_command(path)}"
+        )
     # Memory that is no file's would be lost when it is released; so tensors that lie elsewhere are never released.
-    mapped = len(_addresses(state)) <= path.stat().st_size
+    mapped = mapped and len(_addresses(state)) <= path.stat().st_size
     return Checkpoint(str(path), Config.parse(config, str(path)), state, mapped)
+
+
+WRAPPERS = ("module.", "_orig_mod.", "model.", "lm.")
+"""What data parallelism, compiling and classes around a model put before the names of its parameters."""
+
+
+def wrapper_of(state: Mapping[str, Any]) -> str | None:
+    """The first of `WRAPPERS` that names of parameters begin with, None if there is none.
+
+    No parameter of a language model or codec has such a name itself.
+    """
+    return next((wrapper for wrapper in WRAPPERS for name in state if str(name).startswith(wrapper)), None)
+
+
+def export_command(path: Path, base: bool = False) -> str:
+    """Advice to export a file, with the command to copy.
+
+    Args:
+        path: the file; one with a codec's name is taken for a codec's.
+        base: whether it lacks its configuration, which then comes from a base model.
+    """
+    arguments = [str(path), "OUT"]
+    if path.name == COMPRESSION_FILE:
+        arguments = ["--compression", str(path), str(path.with_name(LM_FILE)), "OUT"]
+    if base:
+        arguments = ["--base", "small", *arguments]
+    command = f"Export it first: `python -m archive_scripts export {shlex.join(arguments)}`"
+    return f"{command}, where small stands for the model that it was trained from." if base else f"{command}."
+
+
+def transformers_refusal(path: Path, names: Iterable[object]) -> str | None:
+    """What to say of parameters by these names that transformers saved; None: it did not."""
+    if not any(str(name).startswith(_TRANSFORMERS) for name in names):
+        return None
+    return (
+        f"{path} holds MusicGen in transformers' own layout, which cannot be loaded here. Get audiocraft's export of "
+        "the same model: `python -m archive_scripts fetch small FOLDER`, with its name in the place of small."
+    )
+
+
+_TRANSFORMERS = (
+    "decoder.model.decoder.",
+    "decoder.lm_heads.",
+    "text_encoder.",
+    "model.decoder.embed_tokens.",
+    "lm_heads.",
+)
+
+
+def _holds_tensors(state: Mapping[Any, Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in state.values())
+
+
+def _not_exported(path: Path, package: Mapping[Any, Any]) -> str:
+    """What a torch file is that holds a dictionary and is not an export, and how it becomes one."""
+    keys = sorted(map(str, package))
+    parameters = package if package and _holds_tensors(package) else {}
+    if refusal := transformers_refusal(path, parameters):
+        return refusal
+    if parameters:
+        return f"{path} holds parameters without their configuration (a bare state_dict). {export_command(path, True)}"
+    nested = [key for key in STATE_KEYS if isinstance(package.get(key), dict) and package[key]]
+    if nested and package.get("xp.cfg") is None:
+        return (
+            f"{path} has no key 'xp.cfg', only {keys[:6]}: it holds parameters ({nested[0]}) without their "
+            f"configuration. {export_command(path, True)}"
+        )
+    if nested or {"model", "optimizer", "fsdp_best_state"} & set(keys):
+        return f"{path} is a training checkpoint (it holds {', '.join(keys[:6])}). {export_command(path)}"
+    missing = [key for key in ("best_state", "xp.cfg") if key not in package]
+    lack = f"has no key {missing[0]!r}, only {keys[:6]}" if missing else "holds no parameters"
+    return (
+        f"{path} {lack}: it is not an exported checkpoint, and none can be made of it. Get the checkpoint from its "
+        "publisher again."
+    )
+
+
+STATE_KEYS = ("fsdp_best_state", "best_state", "model", "state_dict", "model_state_dict", "lm")
+"""Where files keep a model's parameters, the best first."""
+
+
+def _require_torch(path: Path) -> None:
+    """Raises CheckpointError for a file of another kind, with the command to export it where that may be one."""
+    found = file_kind(path)
+    if found.holds_torch:
+        return
+    refused = f"{path} is {found.what}, not an exported checkpoint"
+    if found.kind in (Kind.TAR, Kind.COMPRESSED):
+        raise CheckpointError(f"{refused}; it may hold a fine-tune. {export_command(path)}")
+    if found.kind is Kind.SAFETENSORS:
+        raise CheckpointError(
+            f"{refused}: it holds parameters without their configuration. {export_command(path, True)}"
+        )
+    raise CheckpointError(wrong_kind(path, "an exported checkpoint", found))
 
 
 def _addresses(state: Mapping[str, Tensor]) -> range:
@@ -160,29 +275,6 @@ def _addresses(state: Mapping[str, Tensor]) -> range:
         min((tensor.data_ptr() for tensor in tensors), default=0),
         max((tensor.data_ptr() + tensor.nbytes for tensor in tensors), default=0),
     )
-
-
-_EXPORT = "Export it first: `python -m archive_scripts export CHECKPOINT_FOLDER OUT`."
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist. A checkpoint folder holds {LM_FILE} and {COMPRESSION_FILE}.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"(?:Unsupported global: )?GLOBAL `?([\w.]+)`?", str(error))
-        name = foreign.group(1) if foreign else "an unknown class"
-        if name.startswith("omegaconf."):
-            raise CheckpointError(f"{path} is a training checkpoint (it holds {name}). {_EXPORT}") from error
-        raise CheckpointError(
-            f"{path} holds the class {name}, and a checkpoint may hold only tensors and plain types. Loading it could "
-            "run code of whoever made it, so it is refused; get the file from its publisher again."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: it is cut short or damaged ({str(error).splitlines()[0]}). Download it again."
-        ) from error
 
 
 def load_parameters(module: nn.Module, state: Mapping[str, Tensor], source: str, prefix: str = "") -> None:

@@ -10,6 +10,13 @@ class CheckpointError(Exception):
     """
 
 
+class ModelDivergedError(Exception):
+    """What the model computed is no longer a number, so there is no music to return.
+
+    The message says what to do.
+    """
+
+
 class RequestError(ValueError):
     """What was asked for makes no sense for this model.
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from handler.arguments import as_batch, as_count, as_descriptions, as_melodies, as_rate
 from handler.audio import convert_audio
-from handler.builders import build_compression_model, build_conditioners, build_fuser, build_language_model
+from handler.builders import (
+    build_compression_model,
+    build_conditioners,
+    build_fuser,
+    build_language_model,
+    check_parameter,
+)
 from handler.checkpoint import COMPRESSION_FILE, LM_FILE, Pointer, read_checkpoint
 from handler.compression import CompressionModel
 from handler.conditioners.base import WavInput
@@ -22,7 +33,7 @@ from handler.conditioners.fuser import Fuser
 from handler.conditioners.provider import DESCRIPTION, SELF_WAV, ConditioningProvider, rows_of
 from handler.conditioners.style import StyleConditioner
 from handler.conditioners.t5 import T5Conditioner
-from handler.errors import CheckpointError, RequestError
+from handler.errors import CheckpointError, ModelDivergedError, RequestError
 from handler.generation import Generation
 from handler.gpu import compute_exactly
 from handler.linear import can_prepack
@@ -30,15 +41,20 @@ from handler.lm.conditions import FusedConditions
 from handler.lm.decoder import Guidance, Slot
 from handler.lm.model import LanguageModel
 from handler.lm.static_step import decoder_for
-from handler.params import STYLE_FIELDS, Clip, GenerationParams
+from handler.lm.transformer import computed_in
+from handler.params import STYLE_FIELDS, Clip, GenerationParams, as_number
 from handler.quantized import can_quantize
 from handler.registry import find_auxiliary, resolve
+
+Audio = Tensor | NDArray[np.generic]
+"""Audio as users have it; see `handler.arguments`."""
 
 Callback = Callable[[int, int], None]
 """Called with the decode steps done and those to do; may raise to stop."""
 
 _MUSICGEN_STRIDE = 18.0  # seconds; audiocraft's default of extend_stride
 _AUDIOGEN_STRIDE = 2.0
+_LOOK_STEPS = 50  # between two looks at whether the logits are still numbers, which wait for a GPU
 _SHORT_MODEL_STRIDE = 0.6  # of max_duration, for models too short for the default
 
 
@@ -93,8 +109,11 @@ class MusicGen:
             revision, token: for downloads from the hub.
 
         Raises:
-            CheckpointError: if anything is missing or does not fit; the message says what to do.
+            CheckpointError: if anything is missing, does not fit or is not finite; the message says what to do.
+            RequestError: for a device or dtype that there is not.
         """
+        if not isinstance(name, str | os.PathLike):
+            raise RequestError("name", f"must be a name, a hub id or a path, not a {type(name).__name__}")
         device = serving_device(device)
         dtype = serving_dtype(dtype, device)
         if device.type == "cuda":
@@ -119,7 +138,7 @@ class MusicGen:
                 f"has {compression.num_codebooks} of {compression.cardinality}: they belong to different models."
             )
         conditioning = build_conditioners(checkpoint, find).to(device)
-        lm.finalize(device, dtype, checkpoint.release)
+        lm.finalize(device, dtype, checkpoint.release, partial(check_parameter, checkpoint, computed_in(dtype)))
         max_duration = float(config.section("dataset").get("segment_duration", 30.0))
         stride = _AUDIOGEN_STRIDE if config.get("solver") == "audiogen" else _MUSICGEN_STRIDE
         return cls(compression, lm, conditioning, build_fuser(config), max_duration, stride)
@@ -160,9 +179,12 @@ class MusicGen:
 
     @max_duration.setter
     def max_duration(self, seconds: float) -> None:
-        if not 0 < seconds <= self._longest:
-            raise ValueError(f"max_duration must be above 0 and at most the model's {self._longest} s, not {seconds}")
-        self._max_duration = seconds
+        given = as_number("max_duration", seconds)
+        if not 0 < given <= self._longest:
+            raise RequestError(
+                "max_duration", f"must be above 0 and at most the model's {self._longest} s, not {given}"
+            )
+        self._max_duration = given
 
     @property
     def melody(self) -> str | None:
@@ -199,7 +221,7 @@ class MusicGen:
 
         Raises:
             TypeError: for a name it does not have.
-            RequestError: for a value out of bounds.
+            RequestError: for a value of another type or out of bounds.
         """
         kept = {field: getattr(self.generation_params, field) for field in STYLE_FIELDS}
         self.generation_params = GenerationParams(**{**kept, **params})
@@ -225,17 +247,24 @@ class MusicGen:
         style = self.style
         if style is None:
             raise RequestError("eval_q", "this model takes no style; use a style model")
-        style.params_with(eval_q, excerpt_length, ds_factor, encodec_n_q)
-        self.generation_params = replace(
+        params = replace(
             self.generation_params,
             eval_q=eval_q,
             excerpt_length=excerpt_length,
             ds_factor=ds_factor,
             encodec_n_q=encodec_n_q,
         )
+        style.params_with(params.eval_q, params.excerpt_length, params.ds_factor, params.encodec_n_q)
+        self.generation_params = params
 
     def set_custom_progress_callback(self, callback: Callback | None) -> None:
-        """Sets what is called after each decode step, with the steps done and those to do."""
+        """Sets what is called after each decode step, with the steps done and those to do; None is nothing.
+
+        Raises:
+            RequestError: it cannot be called.
+        """
+        if callback is not None and not callable(callback):
+            raise RequestError("callback", f"must be a function or None, not a {type(callback).__name__}")
         self._progress_callback = callback
 
     def generate(
@@ -251,8 +280,12 @@ class MusicGen:
         Returns:
             float32 `[B, C, T]` at `sample_rate`, T = int(duration * frame_rate) * hop; with `return_tokens` also the
             codes, int64 `[B, K, frames]`.
+
+        Raises:
+            RequestError: for an argument of another type (a single text, too), out of bounds, or empty.
+            ModelDivergedError: if what the model computes is not finite.
         """
-        return self._generate([Clip(text) for text in descriptions], progress, return_tokens)
+        return self._generate([Clip(text) for text in as_descriptions(descriptions)], progress, return_tokens)
 
     def generate_unconditional(
         self, num_samples: int, progress: bool = False, return_tokens: bool = False
@@ -261,13 +294,16 @@ class MusicGen:
 
         Returns:
             As `generate`.
+
+        Raises:
+            RequestError: unless `num_samples` is a whole number of at least 1.
         """
-        return self._generate([Clip()] * num_samples, progress, return_tokens, seed_step=1)
+        return self._generate([Clip()] * as_count(num_samples, "num_samples"), progress, return_tokens, seed_step=1)
 
     def generate_with_chroma(
         self,
         descriptions: Sequence[str | None],
-        melody_wavs: Tensor | Sequence[Tensor | None],
+        melody_wavs: Audio | Sequence[Audio | None],
         melody_sample_rate: int,
         progress: bool = False,
         return_tokens: bool = False,
@@ -276,29 +312,30 @@ class MusicGen:
 
         Args:
             descriptions: B texts; None or "" is none.
-            melody_wavs: B tensors `[C, T]`, or None for no melody; or one tensor `[B, C, T]` or `[C, T]`.
-            melody_sample_rate: their rate in Hz.
+            melody_wavs: B tensors or NumPy arrays `[C, T]`, or None for no melody; or one `[B, C, T]` or `[C, T]`.
+                Floats have a full scale of 1, integers (int8, int16, int32, uint8) that of their type.
+            melody_sample_rate: their rate, 1000 to 768000 Hz, a multiple of 25.
             progress, return_tokens: as `generate`.
 
         Returns:
             As `generate`.
 
         Raises:
-            RequestError: if this model takes no melody.
+            RequestError: if this model takes no melody, or for an argument of another type or shape, out of bounds,
+                empty, or not finite.
         """
-        if isinstance(melody_wavs, Tensor) and melody_wavs.dim() == 2:
-            melody_wavs = [melody_wavs]
-        if len(melody_wavs) != len(descriptions):
-            raise RequestError("melody", f"there are {len(melody_wavs)} for {len(descriptions)} descriptions")
+        texts, melodies = as_descriptions(descriptions), as_melodies(melody_wavs, "melody_wavs")
+        rate = as_rate(melody_sample_rate, "melody_sample_rate")
+        if len(melodies) != len(texts):
+            raise RequestError("melody_wavs", f"there are {len(melodies)} for {len(texts)} descriptions")
         clips = [
-            Clip(text, melody=melody, melody_sample_rate=melody_sample_rate)
-            for text, melody in zip(descriptions, melody_wavs, strict=True)
+            Clip(text, melody=melody, melody_sample_rate=rate) for text, melody in zip(texts, melodies, strict=True)
         ]
         return self._generate(clips, progress, return_tokens)
 
     def generate_continuation(
         self,
-        prompt: Tensor,
+        prompt: Audio,
         prompt_sample_rate: int,
         descriptions: Sequence[str | None] | None = None,
         progress: bool = False,
@@ -307,8 +344,8 @@ class MusicGen:
         """Music that continues audio.
 
         Args:
-            prompt: float32 `[B, C, T]` or `[C, T]`.
-            prompt_sample_rate: its rate in Hz.
+            prompt: a tensor or NumPy array `[B, C, T]` or `[C, T]`, of the types of a melody.
+            prompt_sample_rate: its rate, 1000 to 768000 Hz, a multiple of 25.
             descriptions: B texts, or None for none.
             progress, return_tokens: as `generate`.
 
@@ -316,18 +353,15 @@ class MusicGen:
             As `generate`; the audio begins with the prompt, as the compression model renders it.
 
         Raises:
-            RequestError: if the prompt is not shorter than the duration asked for.
+            RequestError: if the prompt is not shorter than the duration asked for, or for an argument of another type
+                or shape, out of bounds, empty, or not finite.
         """
-        if prompt.dim() == 2:
-            prompt = prompt[None]
-        if prompt.dim() != 3:
-            raise RequestError("continuation", f"must be [batch, channels, time], not of shape {list(prompt.shape)}")
-        texts = [None] * len(prompt) if descriptions is None else list(descriptions)
-        if len(texts) != len(prompt):
-            raise RequestError("continuation", f"there are {len(prompt)} for {len(texts)} descriptions")
+        wavs, rate = as_batch(prompt, "prompt"), as_rate(prompt_sample_rate, "prompt_sample_rate")
+        texts = [None] * len(wavs) if descriptions is None else as_descriptions(descriptions)
+        if len(texts) != len(wavs):
+            raise RequestError("prompt", f"there are {len(wavs)} for {len(texts)} descriptions")
         clips = [
-            Clip(text, continuation=wav, continuation_sample_rate=prompt_sample_rate)
-            for text, wav in zip(texts, prompt, strict=True)
+            Clip(text, continuation=wav, continuation_sample_rate=rate) for text, wav in zip(texts, wavs, strict=True)
         ]
         return self._generate(clips, progress, return_tokens)
 
@@ -422,11 +456,18 @@ class MusicGen:
             raise RequestError("melody", "this model takes no melody; use a melody or style model")
         if clip.melody_sample_rate is None or params.seed is None:
             raise RequestError("melody", "its sample rate is missing")
-        wav = convert_audio(clip.melody, clip.melody_sample_rate, self.sample_rate, self.audio_channels)  # [C, T]
+        wav = self._converted("melody", clip.melody, clip.melody_sample_rate)
         style = (getattr(params, field) for field in STYLE_FIELDS)
         wav_input = WavInput(wav.mean(dim=0), self.sample_rate, params.seed, *style)
         conditioner.check(wav_input)
         return wav_input
+
+    def _converted(self, field: str, wav: Tensor, sample_rate: int) -> Tensor:
+        """Audio `[C, T]` at the model's rate and with its channels, `[C', T']`."""
+        converted = convert_audio(wav, sample_rate, self.sample_rate, self.audio_channels)
+        if not converted.shape[-1]:
+            raise RequestError(field, f"is shorter than one sample at the model's {self.sample_rate} Hz")
+        return converted
 
     def _recut(self, wav: WavInput, first_frame: int) -> WavInput:
         """The audio of one window of several: from the window's own time on, repeated to fill `max_duration`."""
@@ -447,9 +488,7 @@ class MusicGen:
             return torch.zeros(self.lm.num_codebooks, 0, dtype=torch.long)
         if clip.continuation_sample_rate is None:
             raise RequestError("continuation", "its sample rate is missing")
-        wav = convert_audio(
-            clip.continuation, clip.continuation_sample_rate, self.sample_rate, self.audio_channels
-        )  # [C, T]
+        wav = self._converted("continuation", clip.continuation, clip.continuation_sample_rate)
         codes, scale = self.compression_model.encode(wav[None].to(self.device))
         if scale is not None:
             raise RequestError("continuation", "this model's compression model rescales audio, so it cannot continue")
@@ -502,7 +541,10 @@ class MusicGen:
             else:
                 decoder.step()
                 done += len(running)
-            for slot, generation in [pair for pair in running if pair[0].done]:
+            for slot, generation in [pair for pair in running if pair[0].done or pair[0].step % _LOOK_STEPS == 0]:
+                decoder.require_finite(slot)
+                if not slot.done:
+                    continue
                 running.remove((slot, generation))
                 generation.accept(decoder.leave(slot))
                 following = generation.next_window()
@@ -514,12 +556,30 @@ class MusicGen:
 
     def _decode(self, codes: Tensor) -> Tensor:
         """Codes `[K, frames]` -> float32 `[C, T]` on the CPU."""
-        return self.compression_model.decode(codes[None].to(self.device))[0].cpu()
+        wav = self.compression_model.decode(codes[None].to(self.device))[0].cpu()
+        require_finite_audio(wav)
+        return wav
+
+
+def require_finite_audio(wav: Tensor) -> None:
+    """Raises ModelDivergedError for audio `[C, T]` on the CPU that holds anything but numbers."""
+    if not bool(wav.sum().isfinite()):  # a sum leaves no NaN and no infinity out
+        raise ModelDivergedError(
+            "the model diverged: its codec made audio that is not finite (NaN or infinity), so there is no music to "
+            "return. Serve another codec, or an earlier checkpoint of this one."
+        )
 
 
 def serving_device(device: str | torch.device | None) -> torch.device:
-    """The device to run on: the one asked for, else cuda where there is one; of GPUs always which one."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device to run on: the one asked for, else cuda where there is one; of GPUs always which one.
+
+    Raises:
+        RequestError: for a name that is no device.
+    """
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise RequestError("device", f"must be cpu, cuda or cuda:0 and so on, not {device!r}") from error
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -529,7 +589,7 @@ def serving_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     """The dtype of the language model's weights: the one asked for, else float16 on a GPU and float32 on a CPU.
 
     Raises:
-        ValueError: for one that is not served. int8 is for a CPU with VNNI; float16 is not for a CPU: products in it
+        RequestError: for one that is not served. int8 is for a CPU with VNNI; float16 is not for a CPU: products in it
             are slow there, and their bits depend on who else runs, while float32 keeps its weights in float16 anyway.
     """
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
@@ -538,8 +598,9 @@ def serving_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         return torch.float32 if device.type == "cpu" else torch.float16
     named = choices.get(dtype) if isinstance(dtype, str) else dtype
     if named is None or named not in choices.values():
-        raise ValueError(f"dtype must be one of {', '.join(choices)} on {device.type}, not {dtype}")
+        raise RequestError(None, f"dtype must be one of {', '.join(choices)} on {device.type}, not {dtype}")
     if named is torch.int8 and not can_quantize():
         other = "bfloat16 or float32" if can_prepack(torch.bfloat16) else "float32"
-        raise ValueError(f"this CPU cannot multiply 8-bit integers exactly (x86 with VNNI can); set dtype to {other}")
+        message = f"this CPU cannot multiply 8-bit integers exactly (x86 with VNNI can); set dtype to {other}"
+        raise RequestError(None, message)
     return named

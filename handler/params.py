@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
+import numpy as np
 from torch import Tensor
 
 from handler.errors import RequestError
 from handler.lm.sampling import Sampling
+
+LONGEST_SECONDS = 86_400
+"""Of one clip: a day, whose codes take 70 MB."""
 
 STYLE_FIELDS = ("eval_q", "excerpt_length", "ds_factor", "encodec_n_q")
 """Those of `GenerationParams` that only a style model takes."""
@@ -32,8 +37,10 @@ class GenerationParams:
         seed: the draws are a function of it; None draws one. The clips of one call share it.
         eval_q, excerpt_length, ds_factor, encodec_n_q: of the style conditioner; None is the checkpoint's.
 
+    Numbers may be NumPy's; they become Python's.
+
     Raises:
-        RequestError: for a value out of bounds.
+        RequestError: for a value of another type or out of bounds.
     """
 
     use_sampling: bool = True
@@ -52,24 +59,63 @@ class GenerationParams:
     encodec_n_q: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.duration) and self.duration > 0):
-            raise RequestError("duration", f"must be a number of seconds above 0, not {self.duration}")
+        for names, convert in ((_FLAGS, as_flag), (_WHOLE, as_whole), (_NUMBERS, as_number)):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None or name not in _MAY_BE_NONE:
+                    object.__setattr__(self, name, convert(name, value))
+        if not 0 < self.duration <= LONGEST_SECONDS:
+            raise RequestError(
+                "duration", f"must be a number of seconds above 0 and at most {LONGEST_SECONDS}, not {self.duration}"
+            )
         if self.top_k < 0:
             raise RequestError("top_k", f"must be 0 (off) or more, not {self.top_k}")
         if not 0 <= self.top_p <= 1:
             raise RequestError("top_p", f"must be 0 (off) to 1, not {self.top_p}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not self.temperature >= 0:
             raise RequestError("temperature", f"must be 0 (greedy) or more, not {self.temperature}")
-        for field in ("cfg_coef", "cfg_coef_beta"):
-            value = getattr(self, field)
-            if value is not None and not math.isfinite(value):
-                raise RequestError(field, f"must be a finite number, not {value}")
+        for field in ("extend_stride", "excerpt_length"):
+            if (seconds := getattr(self, field)) is not None and seconds <= 0:
+                raise RequestError(field, f"must be a number of seconds above 0, not {seconds}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise RequestError("seed", f"must be 0 to 2^63 - 1, not {self.seed}")
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.use_sampling, self.temperature, self.top_k, self.top_p)
+
+
+_FLAGS = ("use_sampling", "two_step_cfg")
+_WHOLE = ("top_k", "seed", "eval_q", "ds_factor", "encodec_n_q")
+_NUMBERS = ("top_p", "temperature", "duration", "cfg_coef", "cfg_coef_beta", "extend_stride", "excerpt_length")
+_MAY_BE_NONE = ("cfg_coef_beta", "extend_stride", "seed", *STYLE_FIELDS)
+
+
+def as_flag(name: str, value: object) -> bool:
+    """True or false, NumPy's too. Raises RequestError for anything else."""
+    if not isinstance(value, bool | np.bool_):
+        raise RequestError(name, f"must be true or false, not {value!r}")
+    return bool(value)
+
+
+def as_whole(name: str, value: object) -> int:
+    """A whole number, NumPy's too. Raises RequestError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise RequestError(name, f"must be a whole number, not {value!r}")
+    return int(value)
+
+
+def as_number(name: str, value: object) -> float:
+    """A finite number, NumPy's too. Raises RequestError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise RequestError(name, f"must be a number, not {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RequestError(name, f"must be a finite number, not {value}")
+    return number
 
 
 @dataclass(frozen=True, slots=True)

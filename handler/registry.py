@@ -13,12 +13,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from handler.checkpoint import COMPRESSION_FILE, LM_FILE
+from handler.checkpoint import COMPRESSION_FILE, LM_FILE, export_command, read_checkpoint
 from handler.errors import CheckpointError
 from handler.hub import hub_snapshot
 from handler.model_folder import WEIGHTS
 
 CHECKPOINT_FILES = (LM_FILE, COMPRESSION_FILE)
+TRAINING_FILE = "checkpoint.th"
+"""What audiocraft trains into."""
+
+_SUFFIXES = (".bin", ".th", ".pt", ".pth", ".tar", ".gz", ".ckpt", ".safetensors")
+"""Of files that hold models."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -54,7 +59,10 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Auxiliary:
-    """A model the checkpoints lean on. `files` are needed, where there are any; of `weights`, the first there is."""
+    """A model the checkpoints lean on. `files` are needed, where there are any; of `weights`, the first there is.
+
+    A codec may be in audiocraft's own layout (`compression_state_dict.bin`) or in transformers'.
+    """
 
     repo: str
     files: tuple[str, ...]
@@ -122,7 +130,7 @@ AUXILIARIES: dict[str, Auxiliary] = {
     "t5-small": Auxiliary("google-t5/t5-small", _TRANSFORMERS_FILES, WEIGHTS),
     "t5-base": Auxiliary("google-t5/t5-base", _TRANSFORMERS_FILES, WEIGHTS),
     "t5-large": Auxiliary("google-t5/t5-large", _TRANSFORMERS_FILES, WEIGHTS),
-    "encodec_32khz": Auxiliary("facebook/encodec_32khz", ("config.json",), WEIGHTS),
+    "encodec_32khz": Auxiliary("facebook/encodec_32khz", ("config.json",), (COMPRESSION_FILE, *WEIGHTS)),
     "dac_44khz": Auxiliary("descript/dac_44khz", ("config.json",), WEIGHTS),
     "dac_24khz": Auxiliary("descript/dac_24khz", ("config.json",), WEIGHTS),
     "MERT-v1-95M": Auxiliary("m-a-p/MERT-v1-95M", ("config.json",), WEIGHTS),
@@ -263,21 +271,37 @@ def _checkpoint_folder(folder: Path) -> Path:
         return folder
     raise CheckpointError(
         f"{folder}: {' and '.join(missing)} missing. A checkpoint folder holds "
-        f"{' and '.join(CHECKPOINT_FILES)}, as audiocraft exports them and as the hub has them."
+        f"{' and '.join(CHECKPOINT_FILES)}, as audiocraft exports them and as the hub has them.{_instead(folder)}"
     )
+
+
+def _instead(folder: Path) -> str:
+    """What can be made of the files that are there instead."""
+    if (folder / LM_FILE).is_file():
+        command = export_command(folder / LM_FILE).rstrip(".")
+        return (
+            f" {command}, which takes the codec that its xp.cfg names; add --base and the model that it was trained "
+            "from to take that one's."
+        )
+    if (folder / TRAINING_FILE).is_file():
+        return f" This is a training folder. {export_command(folder)}"
+    others = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES)
+    return f" {export_command(others[0])}" if len(others) == 1 and others[0].name not in CHECKPOINT_FILES else ""
 
 
 def _checkpoint_folder_of(file: Path) -> Path:
     if file.name not in CHECKPOINT_FILES:
-        raise CheckpointError(
-            f"{file}: an exported file is named {' or '.join(CHECKPOINT_FILES)}. "
-            "Rename it, and keep the other one beside it."
-        )
+        try:
+            read_checkpoint(file)
+            advice = f"Rename it, and keep the other one beside it. Or: {export_command(file)}"
+        except CheckpointError as error:
+            advice = str(error)
+        raise CheckpointError(f"{file}: an exported file is named {' or '.join(CHECKPOINT_FILES)}. {advice}")
     return _checkpoint_folder(file.parent)
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "~", "/")) or name.count("/") > 1 or name.endswith((".bin", ".th", ".pt"))
+    return name.startswith((".", "~", "/")) or name.count("/") > 1 or name.endswith(_SUFFIXES)
 
 
 def _unknown(name: str) -> str:
@@ -295,7 +319,7 @@ def find_auxiliary_model(name: str) -> Auxiliary:
     """What is known of an auxiliary model; one that is not is taken for a transformers one on the hub."""
     known = AUXILIARIES.get(auxiliary_folder_name(name))
     if known is None or ("/" in name and name != known.repo):
-        return Auxiliary(name, _TRANSFORMERS_FILES, WEIGHTS)
+        return Auxiliary(name, _TRANSFORMERS_FILES, (COMPRESSION_FILE, *WEIGHTS))
     return known
 
 

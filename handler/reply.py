@@ -17,7 +17,7 @@ from handler.engine.messages import (
     EngineUnavailableError,
     JobCancelledError,
 )
-from handler.errors import RequestError, UnknownRequestError
+from handler.errors import ModelDivergedError, RequestError, UnknownRequestError
 from handler.request import GenerationRequest
 from handler.request_parser import MediaTypeError, UnknownPathError
 
@@ -91,9 +91,11 @@ def error_content(error: BaseException, request_id: str) -> dict[str, Any]:
             status, kind = 504, "deadline_exceeded"
         case JobCancelledError():
             status, kind = 499, "cancelled"
+        case ModelDivergedError():
+            status, kind = 500, "model_diverged"
         case _:
             status, kind = 500, "internal_error"
-    message = str(error) if status != 500 else f"the server failed on this request; its log has {request_id}"
+    message = str(error) if kind != "internal_error" else f"the server failed on this request; its log has {request_id}"
     field_name = error.field if isinstance(error, RequestError) else None
     return {"error": {"code": status, "type": kind, "message": message, "field": field_name}}
 

@@ -35,7 +35,7 @@ PLACES = dict.fromkeys(
     ),
     "*i64",
 )
-COUNTERS = {"counter_ptr": "*i32", "arrived_ptr": "*i32", "greedy_ptr": "*i1"}
+COUNTERS = {"counter_ptr": "*i32", "arrived_ptr": "*i32", "diverged_ptr": "*i32", "greedy_ptr": "*i1"}
 FLOATS = dict.fromkeys(
     ("partial_ptr", "logits_ptr", "draws_ptr", "coef_ptr", "beta_ptr", "temperature_ptr", "top_p_ptr"), "*fp32"
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from handler.errors import CheckpointError
+from handler.finite import require_finite
 
 # What training keeps beside each codebook.
 TRAINING_STATISTICS = ("inited", "cluster_size", "embed_avg")
@@ -32,7 +33,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, fil
         file_key: from a parameter's name to its (folded) key in the file.
 
     Raises:
-        CheckpointError: a key is missing, a tensor has another shape, or a key is left over.
+        CheckpointError: a key is missing, a tensor has another shape or a value that is not finite, or a key is left
+            over.
     """
     missing: list[str] = []
     misshaped: list[str] = []
@@ -50,7 +52,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, fil
         misshaped += other
         used.update(storage.shapes)
         if not absent and not other:
+            for key in storage.shapes:
+                require_finite(state[key], key, source, torch.float32)
             parameters[name] = storage.fold(*(state[key].to(torch.float32) for key in storage.shapes))
+            # A weight of zeros has no norm to be divided by.
+            require_finite(parameters[name], file_key(name), source)
             stem, _, leaf = file_key(name).rpartition(".")
             if leaf == "embed":
                 used.update(f"{stem}.{statistic}" for statistic in TRAINING_STATISTICS)

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import logging
-import pickle
 import re
 import textwrap
 from collections.abc import Mapping
@@ -23,6 +22,9 @@ from torch import Tensor
 
 from handler.audio import convert_audio
 from handler.errors import CheckpointError
+from handler.finite import require_finite
+from handler.model_folder import require_json, require_safetensors
+from handler.torch_file import ForeignClassError, read_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -130,10 +132,12 @@ def _read(source: Path) -> Description:
 def _read_safetensors(source: Path) -> Description:
     described = source.with_name(CONFIG_FILE) if source.name == WEIGHTS_FILE else source
     try:
+        require_safetensors(source)
         with safetensors.safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a reader, not a mapping)
         if described is not source:
+            require_json(described)
             args, kwargs = [], json.loads(described.read_text(encoding="utf-8"))
             kwargs["segment"] = Fraction(kwargs["segment"])
         elif metadata.get("klass") == _CLASS and "structure" not in metadata:
@@ -152,19 +156,16 @@ def _read_pickled(source: Path) -> Description:
     if signed and not _sha256(source).startswith(signed.group(1)):
         raise CheckpointError(f"{source} is damaged: its sha256 does not begin with {signed.group(1)}. {_PUBLISHED}")
     try:
-        with torch.serialization.safe_globals([(_Class, _CLASS), (Fraction, "fractions.Fraction")]):
-            package = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
-        foreign = re.search(r"GLOBAL `?([\w.]+)`?", str(error))
-        if foreign:
-            raise CheckpointError(
-                f"{source} holds {foreign.group(1)}, and a model of demucs may hold only its own class, tensors and "
-                "plain values. Loading it could run code of whoever made it, so it is refused; `archive_scripts fetch` "
-                f"converts the published file. {_PUBLISHED}"
-            ) from error
+        allowed = [(_Class, _CLASS), (Fraction, "fractions.Fraction")]
+        package, _ = read_torch_file(source, allowed, "a model of demucs")
+    except ForeignClassError as error:
         raise CheckpointError(
-            f"{source} cannot be read: it is cut short or damaged ({_reason(error)}). {_PUBLISHED}"
+            f"{source} holds {error.name}, and a model of demucs may hold only its own class, tensors and "
+            "plain values. Loading it could run code of whoever made it, so it is refused; "
+            f"`archive_scripts fetch` converts the published file. {_PUBLISHED}"
         ) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {_PUBLISHED}") from error
     if not isinstance(package, dict) or package.get("klass") is not _Class:
         raise CheckpointError(f"{source} is not an htdemucs of demucs ({_CLASS}). {_PUBLISHED}")
     state = package.get("state")
@@ -199,6 +200,8 @@ def _build(kwargs: Mapping[str, Any], state: Mapping[str, Tensor], source: Path)
         with torch.device("meta"):
             model = HTDemucs(**kwargs)
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        for name, tensor in model.state_dict().items():
+            require_finite(tensor, name, str(source))
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source} does not hold a whole htdemucs: {_reason(error)}. {_PUBLISHED}") from error
     missing = [stem for stem in MELODY_STEMS if stem not in model.sources]

@@ -130,10 +130,10 @@ class _Codebook(nn.Module):
     def __init__(self, dim: int, bins: int) -> None:
         super().__init__()
         self.embed: Tensor
-        self.register_buffer("inited", torch.empty(1))
-        self.register_buffer("cluster_size", torch.empty(bins))
+        self.register_buffer("inited", torch.zeros(1))
+        self.register_buffer("cluster_size", torch.zeros(bins))
         self.register_buffer("embed", torch.empty(bins, dim))
-        self.register_buffer("embed_avg", torch.empty(bins, dim))
+        self.register_buffer("embed_avg", torch.zeros(bins, dim))
 
 
 def _layer(dim: int, num_heads: int) -> nn.TransformerEncoderLayer:

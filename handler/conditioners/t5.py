@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from handler.conditioners.base import TextConditioner
 from handler.conditioners.fuser import Condition
 from handler.errors import CheckpointError
+from handler.file_kind import file_kind, wrong_kind
+from handler.finite import require_finite
+from handler.model_folder import require_json, require_kind, require_safetensors, weights_file
 
 
 class T5Conditioner(TextConditioner):
@@ -74,11 +78,12 @@ def _load(folder: Path, state: dict[str, Tensor] | None) -> tuple[Any, Any]:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    _require_kinds(folder, state is None)
     try:
         tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
         if state is not None:
             t5 = T5EncoderModel(T5Config.from_pretrained(folder, local_files_only=True))
-            t5.load_state_dict(state)
+            t5.load_state_dict(_tied(t5, state))
         else:
             loaded: Any = T5EncoderModel.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
@@ -86,9 +91,35 @@ def _load(folder: Path, state: dict[str, Tensor] | None) -> tuple[Any, Any]:
             t5, report = loaded
             if report["missing_keys"]:
                 raise CheckpointError(f"{folder} lacks weights of T5: {sorted(report['missing_keys'])[:3]} …")
-    except (OSError, ValueError, RuntimeError) as error:
+            for name, parameter in t5.named_parameters():
+                require_finite(parameter, name, str(weights_file(folder) or folder))
+    except (SafetensorError, KeyError, TypeError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder} does not hold a usable T5 (config.json, model.safetensors, spiece.model or tokenizer.json): "
             f"{error}"
         ) from error
     return tokenizer, t5.eval().requires_grad_(False)
+
+
+def _require_kinds(folder: Path, weights: bool) -> None:
+    """Raises CheckpointError for a file that is not what its name says, before transformers reads it."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        require_json(folder / name)
+    if (folder / "spiece.model").is_file():
+        require_kind(folder / "spiece.model")
+    file = weights_file(folder)
+    if file is None or not weights:
+        return
+    if file.suffix == ".safetensors":
+        require_safetensors(file)
+    elif not (found := file_kind(file)).holds_torch:
+        raise CheckpointError(wrong_kind(file, "weights in torch's format", found))
+
+
+def _tied(t5: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters with the one embedding under both of its names, where the file holds one of them."""
+    names = ("shared.weight", "encoder.embed_tokens.weight")
+    embedding = next((state[name] for name in names if name in state), None)
+    if embedding is None:
+        return state
+    return {**{name: embedding for name in names if name in t5.state_dict()}, **state}

@@ -19,11 +19,11 @@ from torch import Tensor
 from handler.compression.streaming import StreamingDecoder
 from handler.engine.codec import codec_executor
 from handler.engine.messages import Audio, Done, Event, Failed, Job, ModelError, Prepared, Preparing, Progress, Started
-from handler.errors import RequestError
+from handler.errors import ModelDivergedError, RequestError
 from handler.generation import Generation
 from handler.lm.decoder import Slot, Window
 from handler.lm.static_step import decoder_for
-from handler.musicgen import MusicGen
+from handler.musicgen import MusicGen, require_finite_audio
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +275,9 @@ class Scheduler:
 
     def _fail(self, request: _Request, error: Exception) -> None:
         self._forget(request)
-        if not isinstance(error, RequestError):
+        if isinstance(error, ModelDivergedError):
+            logger.error("request %s: %s", request.job.id, error)
+        elif not isinstance(error, RequestError):
             # The rest of what it is may not go through a pipe.
             logger.error("request %s failed", request.job.id, exc_info=error)
             error = ModelError(f"{type(error).__name__}: {error}")
@@ -287,6 +289,8 @@ class Scheduler:
         assert generation is not None
         assert slot is not None
         ready = generation.frames_ready(slot.step)
+        if slot.done or (request.decoded < ready and self._chunk_end(request) <= ready):
+            self.decoder.require_finite(slot)  # on a GPU it waits, as handing out frames does
         while request.decoded < ready and (self._chunk_end(request) <= ready or slot.done):
             last = min(self._chunk_end(request), ready)
             codes = generation.read(self.decoder.sequence_of(slot), request.decoded, last)
@@ -319,9 +323,10 @@ class Scheduler:
             if request.forgotten:
                 return
             try:
-                wav = chunk()  # [channels, m]
+                wav = chunk().float().cpu()  # [channels, m]
+                require_finite_audio(wav)
                 if wav.shape[-1]:
-                    self.emit(request.job.id, Audio(wav.float().cpu().numpy()))
+                    self.emit(request.job.id, Audio(wav.numpy()))
                 if then is not None:
                     self.emit(request.job.id, then)
             except BaseException:

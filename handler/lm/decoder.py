@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from handler.errors import ModelDivergedError
 from handler.lm.attention import CrossKV, KVCache
 from handler.lm.block_attention import BlockCache
 from handler.lm.conditions import FusedConditions
@@ -91,12 +92,20 @@ class Decoder(ABC):
         sequences: int64 `[requests, K, S]`, for the codes of as many windows as can be under way at once.
         draws: float32 `[requests, S, K]`, for their uniform numbers.
         condition_length: the longest cross-attention source there is room for.
+        diverged: int32 `[requests]`, 1 where a window's logits have not been finite; None: claimed here.
     """
 
     def __init__(
-        self, lm: LanguageModel, cache: KVCache | BlockCache, sequences: Tensor, draws: Tensor, condition_length: int
+        self,
+        lm: LanguageModel,
+        cache: KVCache | BlockCache,
+        sequences: Tensor,
+        draws: Tensor,
+        condition_length: int,
+        diverged: Tensor | None = None,
     ) -> None:
         self.lm, self.cache, self.sequences, self.draws = lm, cache, sequences, draws
+        self.diverged = torch.zeros(len(sequences), dtype=torch.int32) if diverged is None else diverged
         self.condition_length = condition_length
         self.slots: list[Slot] = []
         self._free_rows = [True] * cache.keys.shape[1]
@@ -109,6 +118,22 @@ class Decoder(ABC):
         """The sequence of a window under way, int64 `[K, S]`; `UNKNOWN` beyond its newest step."""
         return self.sequences[slot.index, :, : slot.window.sequence.shape[1]]
 
+    def require_finite(self, slot: Slot) -> None:
+        """Checks that the logits of a window's tokens so far were numbers; on a GPU it waits for the steps to be made.
+
+        Raises:
+            ModelDivergedError: they were not, so its codes mean nothing.
+        """
+        if not bool(self.diverged[slot.index]):
+            return
+        dtype = self.lm.weight_dtype
+        wider = "or, if other prompts fail too, serve" if dtype is torch.float32 else "serve it in float32, or"
+        raise ModelDivergedError(
+            f"the model diverged: its logits are not finite numbers (NaN or infinity) in "
+            f"{str(dtype).removeprefix('torch.')}, so there is no music to return. Ask for a cfg_coef nearer to 3, "
+            f"{wider} an earlier checkpoint of this model."
+        )
+
     def join(self, window: Window) -> Slot:
         """Prefills a window and samples its first token.
 
@@ -119,6 +144,7 @@ class Decoder(ABC):
         for group in window.conditions:
             self._check(group)
         slot = Slot(self._free_index(), self._claim(window.rows), window, window.start - 1)
+        self.diverged[slot.index] = 0
         try:
             self._prefill(slot)
         except BaseException:
@@ -177,6 +203,7 @@ class Decoder(ABC):
         beta = torch.tensor([[[float(slot.window.guidance.beta)]] for slot in slots], device=device)  # [B, 1, 1]
         guided = guide(logits[conditional], logits[wav_only], logits[null], coef, beta)  # [B, K, card]
         index = torch.tensor([slot.index for slot in slots], device=device)  # [B]
+        self.diverged[index] |= not_finite(guided)
         step = torch.tensor([slot.step + 1 for slot in slots], device=device)  # [B]
         samplings = [slot.window.sampling for slot in slots]
         tokens = sample(guided, samplings, self.draws[index, step])  # [B, K]
@@ -208,6 +235,14 @@ class Decoder(ABC):
         """The first of so many free rows side by side."""
         starts = range(len(self._free_rows) - rows + 1)
         return next((first for first in starts if all(self._free_rows[first : first + rows])), None)
+
+
+def not_finite(guided: Tensor) -> Tensor:
+    """Where guided logits float32 `[B, K, card]` hold anything but numbers: int32 `[B]`, 1 or 0.
+
+    Guidance leaves no NaN and no infinity of any row out, and neither does their sum.
+    """
+    return (~guided.sum(dim=(1, 2)).isfinite()).int()
 
 
 def sample(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+_XPOS_SMOOTHING = 0.4  # of xPos' decay (Sun et al. 2022)
+
 
 class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021), with the frequencies of the checkpoint.
@@ -30,6 +32,18 @@ class Rotary(nn.Module):
         rotation = torch.polar(decay, angles) * self.scale + (1.0 - self.scale)  # complex [N, head_dim / 2]
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [N, H, head_dim / 2]
         return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).to(x.dtype)
+
+    @staticmethod
+    def computed(head_dim: int, max_period: float, xpos: bool) -> dict[str, Tensor]:
+        """The buffers as the configuration gives them, float32 `[head_dim / 2]` by name, as training begins with them.
+
+        Of an export they are the same, rounded to its dtype.
+        """
+        even, half = torch.arange(0, head_dim, 2).float(), torch.arange(head_dim // 2).float()
+        buffers = {"frequencies": 1.0 / (max_period ** (even / head_dim))}
+        if xpos:
+            buffers["xpos.decay_rates"] = (half / (head_dim // 2) + _XPOS_SMOOTHING) / (1.0 + _XPOS_SMOOTHING)
+        return buffers
 
 
 class _XPos(nn.Module):

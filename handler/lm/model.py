@@ -70,7 +70,13 @@ class LanguageModel(nn.Module):
         """Stands where the pattern holds no code."""
         return self.card
 
-    def finalize(self, device: torch.device, dtype: torch.dtype, after_each: Callable[[], None] = lambda: None) -> None:
+    def finalize(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        after_each: Callable[[], None] = lambda: None,
+        check: Callable[[str, Tensor], None] = lambda name, parameter: None,
+    ) -> None:
         """Lays the parameters out for `device`, the weights in `dtype`; rotary frequencies stay float32.
 
         int8 is for a CPU alone: the weights of all products are rounded to 8 bits, and the rest is float32.
@@ -81,23 +87,42 @@ class LanguageModel(nn.Module):
         Args:
             device, dtype: of the model from now on.
             after_each: called when some parameters are no longer needed.
+            check: called with each parameter and its name just before it is converted, when it is read anyway; it may
+                raise, and is called from several threads.
         """
         self.device, self.weight_dtype, self.dtype = device, dtype, computed_in(dtype)
-        parts: list[SelfAttention | CrossAttention | Projection] = [
-            module for module in self.modules() if isinstance(module, SelfAttention | CrossAttention)
-        ]
-        parts += [
-            part for layer in self.transformer.layers for part in layer.children() if isinstance(part, Projection)
-        ]
+        modules = dict(self.named_modules())
+        parts: dict[str, SelfAttention | CrossAttention | Projection] = {
+            name: module for name, module in modules.items() if isinstance(module, SelfAttention | CrossAttention)
+        }
+        parts |= {
+            name: module
+            for name, module in modules.items()
+            if isinstance(module, Projection) and name.rpartition(".")[0] not in parts
+        }
+
+        def check_all(name: str, module: nn.Module) -> None:
+            for key, parameter in module.state_dict(prefix=name).items():
+                check(key, parameter)
+
+        def finalize(name: str, part: SelfAttention | CrossAttention | Projection) -> None:
+            check_all(f"{name}.", part)
+            part.finalize(device, dtype)
+
+        def finalize_heads() -> None:
+            check_all("linears.", self.linears)
+            self._finalize_heads()
+
         # Packing for a CPU uses one core, and most of the time that loading takes; so the longest begins.
         with ThreadPoolExecutor(torch.get_num_threads() if device.type == "cpu" else 1) as pool:
             packing = [
-                pool.submit(self._finalize_heads),
-                *(pool.submit(part.finalize, device, dtype) for part in parts),
+                pool.submit(finalize_heads),
+                *(pool.submit(finalize, name, part) for name, part in parts.items()),
             ]
             for packed in packing:
                 packed.result()
                 after_each()
+        check_all("", self)  # the others
         tables = [e.weight.detach().to(device, self.dtype) for e in self.emb if isinstance(e, nn.Embedding)]
         self._embeddings = torch.cat(tables)  # [K * (card + 1), dim]
         self._first_embedding = torch.arange(self.num_codebooks, device=device) * (self.card + 1)  # [K]

@@ -17,7 +17,7 @@ from handler.lm.attention import CrossKV, KVCache
 from handler.lm.conditions import FusedConditions
 from handler.lm.cpu_step import CpuDecoder
 from handler.lm.decode_attention import AttentionKernel, CrossCache, StaticAttention, attention_kernel
-from handler.lm.decoder import UNKNOWN, Decoder, Slot, Window
+from handler.lm.decoder import UNKNOWN, Decoder, Slot, Window, not_finite
 from handler.lm.fused_step import FusedStep, fused_step
 from handler.lm.graphs import Addresses, CudaCapture, Run
 from handler.lm.model import LanguageModel
@@ -89,7 +89,14 @@ class StaticDecoder(Decoder):
             settings=RequestSettings(requests + 1, lm.card, device),
             plan=Plan(rows, requests, device),
         )
-        super().__init__(lm, cache, state.sequences[:requests], state.draws[:requests], condition_length)
+        super().__init__(
+            lm,
+            cache,
+            state.sequences[:requests],
+            state.draws[:requests],
+            condition_length,
+            state.settings.diverged[:requests],
+        )
         self.buckets = [rows] if deterministic else bucket_sizes(rows)
         self._running: list[Slot] = []  # those the plan holds
         self._addresses = Addresses(self._written())
@@ -204,6 +211,7 @@ def plain_step(lm: LanguageModel, kernel: AttentionKernel, state: StepState, buc
     conditional, wav_only, null = plan.places[:, :bucket]
     coef, beta = settings.coef[index, None, None], settings.beta[index, None, None]
     guided = guide(logits[conditional], logits[wav_only], logits[null], coef, beta)  # [B, K, card]
+    settings.diverged[index] |= not_finite(guided)
     following = torch.minimum(settings.step[index] + 1, settings.last_step[index])  # [B]
     drawn = sample(guided, settings, index, state.draws[index, following])  # [B, K]
     known = state.sequences[index, :, following]  # [B, K]

@@ -22,6 +22,7 @@ class RequestSettings:
         coef, beta, temperature, top_p: float32 `[B]`.
         top_k: int64 `[B]`, all codes where it is off.
         greedy: bool `[B]`.
+        diverged: int32 `[B]`, 1 where logits have not been finite; see `Decoder`.
     """
 
     def __init__(self, requests: int, card: int, device: torch.device) -> None:
@@ -31,6 +32,7 @@ class RequestSettings:
         self.top_p = torch.zeros(requests, device=device)
         self.top_k = torch.full((requests,), card, device=device)
         self.greedy = torch.ones(requests, dtype=torch.bool, device=device)
+        self.diverged = torch.zeros(requests, dtype=torch.int32, device=device)
 
     def write(self, slot: Slot) -> None:
         """Takes in a window that has just joined."""

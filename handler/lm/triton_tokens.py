@@ -68,6 +68,7 @@ def _sample(
     top_k_ptr: tl.tensor,
     top_p_ptr: tl.tensor,
     greedy_ptr: tl.tensor,
+    diverged_ptr: tl.tensor,
     arrived_ptr: tl.tensor,
     places_stride: int,
     steps: int,
@@ -91,6 +92,9 @@ def _sample(
     null = tl.load(of_codebook + tl.load(places_ptr + 2 * places_stride + place) * row, mask=real, other=0.0)
     coef, beta = tl.load(coef_ptr + request), tl.load(beta_ptr + request)
     logits = null + coef * (wav_only + beta * (conditional - wav_only) - null)  # [block]
+    # A sum leaves no NaN and no infinity out.
+    finite = tl.abs(tl.sum(tl.where(real, logits, 0.0), axis=0)) < float("inf")
+    tl.store(diverged_ptr + request, 1, mask=finite == 0)
     logits = tl.where(real, logits, -float("inf"))
 
     if tl.load(greedy_ptr + request) != 0:
@@ -201,6 +205,7 @@ def sample(logits: Tensor, state: StepState, arrived: Tensor, bucket: int) -> No
         settings.top_k,
         settings.top_p,
         settings.greedy,
+        settings.diverged,
         arrived,
         state.plan.places.stride(0),
         steps,

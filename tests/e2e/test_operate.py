@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+import torch
 
 from archive_scripts.__main__ import main
 from archive_scripts.management import Management
@@ -120,6 +122,22 @@ def test_a_version_replaces_another_under_load_and_a_worker_goes_without_one_fai
             (200, LONG_BYTES)
         ] * 4
     assert server.post("song").status_code == 404
+
+
+def test_a_model_with_one_weight_that_is_no_number_is_refused_by_verify_and_when_it_is_registered(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = Path(shutil.copytree(GOLDENS / "text_mono", tmp_path / "sick"))
+    package = torch.load(checkpoint / "state_dict.bin", weights_only=True)
+    package["best_state"]["transformer.layers.1.linear2.weight"][3, 4] = torch.nan
+    torch.save(package, checkpoint / "state_dict.bin")
+    archive = pack(str(checkpoint), "sick", tmp_path / "store", hub_dir=GOLDENS / "hub")
+    cause = "state_dict.bin: 'transformer.layers.1.linear2.weight' holds NaN"
+    assert main(["verify", str(archive)]) == 1
+    assert cause in capsys.readouterr().out
+    assert main(["register", str(archive), "--port", str(server.torchserve.running.port)]) != 0
+    assert cause in capsys.readouterr().err
+    assert server.post("sick").status_code == 404
 
 
 def in_flight(server: RunFolder, requests: int) -> None:

@@ -144,9 +144,9 @@ def test_the_allow_list_is_in_force_for_this_read_alone(training: Path) -> None:
         ({"best_state": {}}, "has no best_state"),
         ({"best_state": {"model": {"emb": 1}}}, r"best_state\['model'\] is not a model's parameters"),
         ({"best_state": {"model": {"_fsdp_wrapped_module.emb": torch.ones(1)}}}, "one process's part of a model"),
-        ({"xp.cfg": "a: 1"}, "its xp.cfg is a str, not a configuration"),
-        ({"xp.cfg": None}, "its xp.cfg is a NoneType"),
-        ({"exported": True}, "is exported already"),
+        ({"xp.cfg": "a: 1"}, "is no language model: its xp.cfg has no transformer_lm"),
+        ({"xp.cfg": [1]}, "its xp.cfg is a list, not a configuration"),
+        ({"xp.cfg": None}, r"has no xp.cfg. Export it first: `python -m archive_scripts export --base small /"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_exported_says_why(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 import zipfile
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from archive_scripts.__main__ import main
 from archive_scripts.archive import TORCHSERVE_SETTINGS
@@ -228,3 +231,37 @@ def test_a_model_that_does_not_rebuild_is_found_unless_that_is_left_out(folder: 
     _resum(folder)
     assert not _problems(folder)
     assert _problems(folder, rebuild=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("state_dict.bin", "transformer.layers.1.linear2.weight", math.nan),
+        ("state_dict.bin", "condition_provider.conditioners.description.output_proj.bias", math.inf),
+        ("hub/encodec_32khz/model.safetensors", "decoder.layers.0.conv.bias", -math.inf),
+    ],
+)
+def test_one_weight_that_is_not_finite_is_refused_and_named(folder: Path, file: str, name: str, value: float) -> None:
+    path = folder / "checkpoint" / file
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+        state[name].view(-1)[-1] = value
+        save_file(state, path, metadata={"format": "pt"})
+    else:
+        package = torch.load(path, weights_only=True)
+        package["best_state"][name].view(-1)[-1] = value
+        torch.save(package, path)
+    _resum(folder)
+    found = _problems(folder, rebuild=True)
+    assert path.name in found
+    assert repr(name) in found
+    assert "NaN" in found if math.isnan(value) else "infinity" in found
+
+
+def test_a_model_that_diverges_is_refused_though_its_weights_are_finite(folder: Path) -> None:
+    path = folder / "checkpoint" / "state_dict.bin"
+    package = torch.load(path, weights_only=True)
+    package["best_state"]["out_norm.weight"] = torch.full_like(package["best_state"]["out_norm.weight"].float(), 3e38)
+    torch.save(package, path)
+    _resum(folder)
+    assert "its logits are not finite" in _problems(folder, rebuild=True)

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from handler.builders import build_conditioners, build_fuser, build_language_model
+from handler.checkpoint import Checkpoint, read_checkpoint
 from handler.conditioners.lut import hash_bin, lemmas
 from handler.errors import CheckpointError
 from tests.checkpoints import lm_checkpoint
+
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 
 UNHONOURABLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"num_layers": 0}, {}, "transformer_lm.num_layers"),
@@ -107,3 +110,69 @@ def test_a_condition_fused_two_ways_is_named() -> None:
 def test_hash_bins_are_those_of_sha256() -> None:
     # sha256("abc") = ba7816bf 8f01cfea 414140de 5dae2223 b00361a3 96177a9c b410ff61 f20015ad
     assert hash_bin("abc", 2**32) == 0xF20015AD
+
+
+ROPES: list[dict[str, Any]] = [
+    {"positional_embedding": "rope"},
+    {"positional_embedding": "sin_rope", "max_period": 500},
+    {"positional_embedding": "rope", "xpos": True},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("lm", ROPES)
+def test_rotary_buffers_that_a_file_lacks_are_computed_and_rounded_as_the_file_is(
+    lm: dict[str, Any], dtype: torch.dtype
+) -> None:
+    checkpoint = lm_checkpoint(lm)
+    state = checkpoint.state
+    for name in list(state):
+        value = state.pop(name)
+        if ".rope." not in name:
+            state[name] = value.to(dtype)
+    rope = build_language_model(checkpoint).transformer.rope
+    assert rope is not None
+    exponent = torch.tensor([0, 2, 4, 6]) / 8  # of a head of 8
+    frequencies = float(lm.get("max_period", 10_000)) ** -exponent
+    torch.testing.assert_close(rope.frequencies, frequencies.to(dtype))
+    if rope.xpos is not None:
+        rates = torch.tensor([(i / 4 + 0.4) / 1.4 for i in range(4)])
+        torch.testing.assert_close(rope.xpos.decay_rates, rates.to(dtype))
+
+
+def test_rotary_buffers_are_the_file_s_own_where_it_has_them_and_a_layer_s_where_that_has() -> None:
+    checkpoint = lm_checkpoint(ROPES[0])
+    own = checkpoint.state["transformer.rope.frequencies"] * 2
+    checkpoint.state["transformer.rope.frequencies"] = own
+    layer = checkpoint.state["transformer.layers.0.self_attn.rope.frequencies"] * 3
+    checkpoint.state["transformer.layers.0.self_attn.rope.frequencies"] = layer
+    rope = build_language_model(checkpoint).transformer.rope
+    assert rope is not None
+    assert torch.equal(rope.frequencies, own)
+    del checkpoint.state["transformer.rope.frequencies"]
+    rope = build_language_model(checkpoint).transformer.rope
+    assert rope is not None
+    assert torch.equal(rope.frequencies, layer)
+
+
+@pytest.mark.parametrize("name", ["melody", "style"])
+def test_buffers_of_conditioners_that_follow_from_the_config_may_be_absent(name: str) -> None:
+    checkpoint = read_checkpoint(GOLDENS / name / "state_dict.bin")
+    assert isinstance(checkpoint, Checkpoint)
+    whole = build_conditioners(checkpoint, lambda auxiliary: GOLDENS / "hub" / auxiliary.rpartition("/")[2])
+    optional = ("window", "inited", "cluster_size", "embed_avg", "num_batches_tracked")
+    absent = [key for key in checkpoint.state if key.endswith(optional)]
+    assert absent
+    for key in absent:
+        del checkpoint.state[key]
+    rebuilt = build_conditioners(checkpoint, lambda auxiliary: GOLDENS / "hub" / auxiliary.rpartition("/")[2])
+    for key, value in whole.state_dict().items():
+        if key.endswith("window"):
+            torch.testing.assert_close(rebuilt.state_dict()[key], value, atol=3e-4, rtol=0)  # the file's is float16
+        elif not key.endswith(optional):
+            assert torch.equal(rebuilt.state_dict()[key], value)
+    running = [key for key in checkpoint.state if key.endswith("running_mean")]
+    for key in running:  # is learnt
+        del checkpoint.state[key]
+        with pytest.raises(CheckpointError, match="running_mean"):
+            build_conditioners(checkpoint, lambda auxiliary: GOLDENS / "hub" / auxiliary.rpartition("/")[2])

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
+from safetensors.torch import save as save_safetensors
 
 from handler.builders import build_language_model
 from handler.checkpoint import Checkpoint, Config, Pointer, read_checkpoint
@@ -16,6 +22,8 @@ from handler.errors import CheckpointError
 from tests.checkpoints import lm_checkpoint, lm_config, lm_state, write_export
 
 pytestmark = pytest.mark.faults
+
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 
 
 @pytest.fixture
@@ -161,3 +169,105 @@ def test_missing_unexpected_and_misshapen_parameters_are_named() -> None:
     checkpoint.state["transformer.layers.2.linear2.weight"] = kept
     with pytest.raises(CheckpointError, match=r"has the key 'transformer\.layers\.2\.linear2\.weight'"):
         build_language_model(checkpoint)
+
+
+def torch_bytes(package: object, **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(package, buffer, **settings)
+    return buffer.getvalue()
+
+
+def zip_of(name: str, content: bytes = b"hello") -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def npy() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    return buffer.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4c8334b0\nsize 841019693\n"
+OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
+    "lfs": (LFS, "a Git LFS pointer", "git lfs pull`"),
+    "lfs, windows": (LFS.replace(b"\n", b"\r\n"), "a Git LFS pointer", "git lfs pull`"),
+    "annex": (b"/annex/objects/MD5E-s123--abc.bin\n", "a git-annex pointer", "annex get"),
+    "html": (b"<!DOCTYPE html>\n<html><head><title>Sign in</title>", "an HTML page", "archive_scripts fetch"),
+    "html after a comment": (b"\xef\xbb\xbf\n<!-- x --><HTML lang=en>", "an HTML page", "/resolve/"),
+    "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "AccessDenied", "Download it again"),
+    "json": (b'{"error":"Entry not found"}', 'a JSON text (\'{"error":"Entry not found"}\')', "Download it again"),
+    "text": (b"Entry not found", "a text ('Entry not found')", "Download it again"),
+    "empty": (b"", "an empty file", "Download it again"),
+    "zeros": (bytes(5000), "filled with zero bytes", "Download it again"),
+    "gzip": (gzip.compress(b"hello"), "compressed by gzip", "archive_scripts export"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(50), "compressed by zstd", "archive_scripts export"),
+    "zip": (zip_of("weights/a.bin"), "a zip archive (of weights/a.bin)", "unzip"),
+    "mar": (zip_of("MAR-INF/MANIFEST.json"), "an archive of TorchServe", "archive_scripts register"),
+    "cut zip": (zip_of("a")[:20], "cut short or damaged", "Download it again"),
+    "torchscript": (zip_of("model/constants.pkl"), "a TorchScript program", "archive_scripts fetch"),
+    "tar": (b"a" * 257 + b"ustar\x0000" + bytes(2000), "a tar archive", "archive_scripts export"),
+    "safetensors": (
+        save_safetensors({"a": torch.zeros(2)}),
+        "a safetensors file",
+        "archive_scripts export --base small",
+    ),
+    "numpy": (npy(), "a NumPy array", "archive_scripts fetch"),
+    "pickle": (pickle.dumps({"a": 1}), "a plain Python pickle", "torch.save"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file", "archive_scripts fetch"),
+    "gguf": (b"GGUF\x03\0\0\0" + bytes(50), "a GGUF file", "archive_scripts fetch"),
+    "noise": (bytes(range(7, 256)), "of an unknown kind", "Download it again"),
+}
+
+
+@pytest.mark.parametrize("name", ["state_dict.bin", "compression_state_dict.bin"])
+@pytest.mark.parametrize(("content", "what", "advice"), OTHER_FILES.values(), ids=OTHER_FILES)
+def test_a_file_of_another_kind_is_told_what_it_is_and_what_to_do(
+    name: str, content: bytes, what: str, advice: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    message = refusal(path)
+    assert what in message
+    assert advice in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["state_dict.bin", "compression_state_dict.bin"])
+def test_a_torch_file_of_before_version_1_6_is_read(name: str, tmp_path: Path) -> None:
+    package = torch.load(GOLDENS / "text_mono" / name, weights_only=True)
+    torch.save(package, tmp_path / name, _use_new_zipfile_serialization=False)
+    checkpoint = read_checkpoint(tmp_path / name)
+    assert isinstance(checkpoint, Checkpoint)
+    assert checkpoint.state.keys() == package["best_state"].keys()
+    checkpoint.release()  # its tensors lie in no file
+    assert all(torch.equal(checkpoint.state[key], value) for key, value in package["best_state"].items())
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.99])
+def test_an_old_torch_file_that_is_cut_short_is_told_so(kept: float, path: Path) -> None:
+    config = lm_config()
+    package = {"best_state": lm_state(config), "xp.cfg": yaml.safe_dump(config)}
+    content = torch_bytes(package, _use_new_zipfile_serialization=False)
+    path.write_bytes(content[: int(kept * len(content))])
+    assert "cut short or damaged" in refusal(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_pickle_protocol_that_cannot_be_read_safely_is_told_how_to_save_again(path: Path, zipped: bool) -> None:
+    package = {"best_state": {"a": torch.zeros(2)}, "xp.cfg": "dim: 3"}
+    path.write_bytes(torch_bytes(package, pickle_protocol=4, _use_new_zipfile_serialization=zipped))
+    assert "Save it again with torch.save, without pickle_protocol" in refusal(path)
+
+
+def test_foreign_classes_in_an_old_torch_file_are_refused_and_never_run(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parent)
+    package = {"best_state": {}, "xp.cfg": "", "evil": _Evil()}
+    path.write_bytes(torch_bytes(package, _use_new_zipfile_serialization=False))
+    assert "only tensors and plain types" in refusal(path)
+    assert not Path("evil").exists()

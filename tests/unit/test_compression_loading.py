@@ -385,13 +385,13 @@ def test_a_hugging_face_folder_with_unusable_files_says_which(write_folder: Call
     folder = write_folder()
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: can't be read .*; fetch it again"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read .*; fetch it again"):
         load_huggingface_encodec(folder)
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"no model\.safetensors or pytorch_model\.bin; fetch the whole"):
         load_huggingface_encodec(folder)
     (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: can't be read"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read: it is a text"):
         load_huggingface_encodec(folder)
     torch.save({"epoch": 3}, folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not a state dict of tensors"):

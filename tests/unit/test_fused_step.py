@@ -144,6 +144,12 @@ if HAS_TRITON:
             triton_sample(logits.flatten(1), state, arrived, count)
             if step == 2:
                 wanted[2, 1] = 33
+            assert not settings.diverged.any()
             assert torch.equal(sequences[:count, :, step], wanted)
             assert settings.step.tolist() == [step] * count + [0]
             assert not arrived.any()
+        for place, value in ((1, float("nan")), (3, float("inf")), (4, float("-inf"))):
+            logits[place, codebooks - 1, card - 1] = value
+        settings.last_step.fill_(tries)
+        triton_sample(logits.flatten(1), state, arrived, count)
+        assert settings.diverged.nonzero().flatten().tolist() == [1, 3, 4]

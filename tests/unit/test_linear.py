@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import handler.half
 import handler.linear
 import handler.musicgen
+from handler.errors import RequestError
 from handler.half import HalfLinear, can_halve, fits_half
 from handler.linear import Linear, can_prepack, keeps_rows, kept_in
 from handler.lm.transformer import bytes_of_value, lay_out
@@ -181,7 +182,7 @@ def test_this_torch_has_the_fast_products() -> None:
 def test_int8_where_it_cannot_be_says_what_to_set(bfloat16: bool, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handler.musicgen, "can_quantize", lambda: False)
     monkeypatch.setattr(handler.musicgen, "can_prepack", lambda dtype: bfloat16)
-    with pytest.raises(ValueError, match=f"set dtype to {advice}$"):
+    with pytest.raises(RequestError, match=f"set dtype to {advice}$"):
         serving_dtype("int8", CPU)
 
 

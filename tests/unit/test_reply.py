@@ -16,7 +16,7 @@ from handler.engine.messages import (
     EngineUnavailableError,
     JobCancelledError,
 )
-from handler.errors import RequestError, UnknownRequestError
+from handler.errors import ModelDivergedError, RequestError, UnknownRequestError
 from handler.question import ClipQuestion
 from handler.reply import clip_reply, error_reply, json_reply
 from handler.request import GenerationRequest, Limits
@@ -115,6 +115,7 @@ def test_a_description_is_json() -> None:
         (EngineUnavailableError("the engine is closing"), 503, "unavailable", None),
         (DeadlineExceededError("its timeout passed"), 504, "deadline_exceeded", None),
         (JobCancelledError("was cancelled"), 499, "cancelled", None),
+        (ModelDivergedError("its logits are not finite"), 500, "model_diverged", None),
     ],
 )
 def test_an_error_is_json_with_its_status_and_field(error: Exception, status: int, kind: str, field: str) -> None:

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from handler.engine.messages import Audio, Done, Event, Failed, Job, Progress, Started
+from handler.engine.process import _warm_up
 from handler.engine.scheduler import Capacity, Scheduler
-from handler.errors import RequestError
+from handler.errors import ModelDivergedError, RequestError
 from handler.lm.decoder import Slot
 from handler.musicgen import MusicGen
 from handler.params import Clip, GenerationParams
-from tests.parity.models import load
+from tests.parity.models import GOLDENS, load
 
 
 class Stage:
@@ -320,6 +321,50 @@ def test_a_request_the_model_raises_on_while_it_runs_fails_alone_and_leaves_its_
     assert str(failed.error) == "WrongError: 3 4"
     np.testing.assert_array_equal(stage.wav("short"), alone(model, MIXED[0]))
     assert not stage.scheduler.decoder.slots
+
+
+OVERFLOWS = 3e38
+"""A cfg_coef with which guided logits are no numbers."""
+
+
+def test_a_request_whose_logits_are_not_finite_fails_alone_and_leaves_no_trace_in_its_rows(model: MusicGen) -> None:
+    stage = Stage(model, requests=2, rows=4)
+    stage.submit(job("bad", 2.0, cfg_coef=OVERFLOWS), MIXED[0])
+    stage.submit(job("next", 0.5, 1, "happy rock"))  # in the rows that the first leaves
+    stage.finish("bad", "short", "next")
+    failed = stage.events["bad"][-1]
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, ModelDivergedError)
+    assert "not finite" in str(pickle.loads(pickle.dumps(failed.error)))
+    assert not any(isinstance(event, Audio | Done) for event in stage.events["bad"])
+    np.testing.assert_array_equal(stage.wav("short"), alone(model, MIXED[0]))
+    np.testing.assert_array_equal(stage.wav("next"), stage.wav("short"))
+    assert not stage.scheduler.decoder.slots
+
+
+def test_a_request_whose_audio_is_not_finite_ends_with_what_was_sound(model: MusicGen) -> None:
+    stage = Stage(model)
+    stage.submit(job("bad", 3.0), MIXED[0])
+    bad = next(each for each in stage.scheduler._requests if each.job.id == "bad")
+    chunks = iter([torch.zeros(1, 7), torch.tensor([[0.0, torch.nan]])])
+    bad.audio.push = lambda codes: next(chunks)  # type: ignore[method-assign]
+    stage.finish("bad", "short")
+    failed = stage.events["bad"][-1]
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, ModelDivergedError)
+    assert stage.wav("bad").shape[1] == 7
+    assert isinstance(stage.events["short"][-1], Done)
+
+
+def test_a_model_that_makes_no_numbers_fails_at_its_warm_up() -> None:
+    model = MusicGen.get_pretrained(GOLDENS / "text_mono", device="cpu", hub_dir=GOLDENS / "hub")
+    assert model.lm.out_norm is not None
+    model.lm.out_norm.weight.fill_(OVERFLOWS)
+    with pytest.raises(ModelDivergedError, match="its logits are not finite"):
+        _warm_up(Stage(model).scheduler)
+    model.set_generation_params(duration=30.0)
+    with pytest.raises(ModelDivergedError, match="its logits are not finite"):
+        model.generate(["jazz"])
 
 
 def test_a_fault_of_the_device_is_everybody_s(model: MusicGen, monkeypatch: pytest.MonkeyPatch) -> None:

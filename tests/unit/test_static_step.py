@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from handler.errors import ModelDivergedError
 from handler.lm.cpu_step import CpuDecoder
 from handler.lm.decoder import Decoder, Slot, Window
 from handler.lm.graphs import Addresses
@@ -87,6 +88,22 @@ def test_mixed_requests_have_the_plain_decoders_tokens(name: str, deterministic:
     decoder = static(lm, windows, deterministic=deterministic)
     for actual, expected in zip(finish(decoder, [decoder.join(w) for w in windows]), plain(lm, windows), strict=True):
         assert torch.equal(actual, expected)
+
+
+def test_the_step_marks_the_request_whose_logits_are_not_finite_and_no_other() -> None:
+    lm = load("text_mono").lm
+    windows = [window for window in mixed_windows("text_mono") if window.rows == 2][:2]
+    decoder = static(lm, windows)
+    sound, bad = decoder.join(windows[0]), decoder.join(windows[1])
+    decoder.step()
+    decoder.require_finite(bad)
+    decoder.state.settings.coef[bad.index] = 3e38
+    decoder.step()
+    with pytest.raises(ModelDivergedError, match="not finite"):
+        decoder.require_finite(bad)
+    decoder.require_finite(sound)
+    decoder.leave(bad)
+    decoder.require_finite(decoder.join(windows[1]))
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -278,7 +278,7 @@ def test_a_mert_folder_without_its_files_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors or pytorch_model\.bin"):
         load_mert(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(CheckpointError, match="can't be read"):
+    with pytest.raises(CheckpointError, match="cannot be read: it is a text"):
         load_mert(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not JSON"):
