@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from handler.audio_encoder import StreamEncoder
 from handler.engine.messages import Audio, Card, Done, Event, Failed, Progress, Started
 from handler.reply import clip_headers, error_content
 from handler.request import GenerationRequest
-from handler.stream_audio import StreamEncoder, StreamLevel
+from handler.stream_audio import StreamLevel
 
 EVENT_STREAM = "text/event-stream"
 
@@ -105,7 +106,9 @@ class _Pieces:
 
     def __init__(self, request: GenerationRequest, card: Card) -> None:
         samples = round(int(request.duration * card.frame_rate) * card.sample_rate / card.frame_rate)
-        self.encoder = StreamEncoder.create(request.format, card.sample_rate, card.channels, request.seed, samples)
+        self.encoder = StreamEncoder(
+            request.format, card.sample_rate, card.channels, samples, request.seed, request.sample_rate
+        )
         self._level = StreamLevel(request.normalization, card.sample_rate)
 
     async def push(self, audio: Audio) -> bytes:
