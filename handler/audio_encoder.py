@@ -47,6 +47,8 @@ class _Writer(Protocol):
 
     def write(self, pcm: np.ndarray) -> None: ...
 
+    def finish(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -136,6 +138,10 @@ class AudioEncoder:
         """Write the rest of the file; nothing can be pushed after it."""
         if self._resampler:
             self._write(self._resampler.finish())
+        self._writer.finish()
+
+    def close(self) -> None:
+        """Release FFmpeg's memory at once, also when the file is not finished and never will be."""
         self._writer.close()
 
     def _write(self, wav: Tensor) -> None:
@@ -203,6 +209,10 @@ class StreamEncoder:
         self._encoder.finish()
         return self._outbox.take()
 
+    def close(self) -> None:
+        """Release FFmpeg's memory at once, also when the file is not finished and never will be."""
+        self._encoder.close()
+
 
 class _Outbox:
     """A sink that cannot seek; keeps what is written until it is taken."""
@@ -236,6 +246,9 @@ class _SampleWriter:
 
     def write(self, pcm: np.ndarray) -> None:
         self._sink.write(pcm.tobytes())
+
+    def finish(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -284,11 +297,14 @@ class _FFmpegWriter:
         self.samples += len(pcm)
         self._container.mux(self._stream.encode(frame))
 
-    def close(self) -> None:
+    def finish(self) -> None:
         if self.samples:
             # a last mp3 frame without duration is all padding; with it, the Info frame would tell too little
             self._container.mux([packet for packet in self._stream.encode(None) if packet.duration])
-        self._container.close()
+        self.close()
+
+    def close(self) -> None:
+        self._container.close()  # which also ends a cycle of references
 
 
 class _FlacWriter(_FFmpegWriter):
@@ -311,8 +327,7 @@ class _Mp3Writer(_FFmpegWriter):
     def __init__(self, sink: Sink, sample_rate: int, channels: int) -> None:
         bit_rate = 192_000 if sample_rate >= 32_000 else 96_000 if sample_rate >= 16_000 else 64_000
         muxer_options = {"id3v2_version": "0"}  # no tags
-        codec_options = {"compression_level": "2"}  # lame's quality, of 0 (best) to 9
-        super().__init__(sink, sample_rate, channels, "mp3", "libmp3lame", bit_rate, muxer_options, codec_options)
+        super().__init__(sink, sample_rate, channels, "mp3", "libmp3lame", bit_rate, muxer_options)
 
 
 class _AacWriter(_FFmpegWriter):
@@ -325,10 +340,10 @@ class _AacWriter(_FFmpegWriter):
         codec_options = {"aac_coder": "fast"}
         super().__init__(sink, sample_rate, channels, "adts", "aac", bit_rate, codec_options=codec_options)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         if 0 < self.samples < AAC_MIN_SAMPLES:
             self.write(np.zeros((AAC_MIN_SAMPLES - self.samples, self._channels), "<i2"))
-        super().close()
+        super().finish()
 
 
 class _OpusWriter(_FFmpegWriter):

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,33 +118,38 @@ class _Pieces:
     async def finish(self) -> bytes:
         return await asyncio.to_thread(lambda: self.encoder.push(self._level.finish()) + self.encoder.finish())
 
+    def close(self) -> None:
+        self.encoder.close()
+
 
 async def _audio(events: AsyncIterator[Event], pieces: _Pieces) -> AsyncIterator[bytes]:
     """A file's bytes; one that must break off ends short of its `x-duration`, and raises what broke it off."""
-    async for event in events:
-        match event:
-            case Audio():
-                yield await pieces.push(event)
-            case Done():
-                yield await pieces.finish()
-            case Failed(error):
-                try:
-                    raise error
-                finally:
-                    del error, event  # or this frame and the error would hold each other, and all the callers' audio
+    with closing(pieces):
+        async for event in events:
+            match event:
+                case Audio():
+                    yield await pieces.push(event)
+                case Done():
+                    yield await pieces.finish()
+                case Failed(error):
+                    try:
+                        raise error
+                    finally:
+                        del error, event  # or this frame and the error would hold each other, and the callers' audio
 
 
 async def _events(
     events: AsyncIterator[Event], pieces: _Pieces, about: dict[str, Any], request_id: str, names: EventNames
 ) -> AsyncIterator[bytes]:
     """Server-sent events; what must break off ends with an `error` event, and raises what broke it off."""
-    try:
-        async for event in events:
-            for content in await _told(event, pieces, about, names):
-                yield _event(content, names)
-    except Exception as error:
-        yield _event({"type": "error", **error_content(error, request_id)}, names)
-        raise
+    with closing(pieces):
+        try:
+            async for event in events:
+                for content in await _told(event, pieces, about, names):
+                    yield _event(content, names)
+        except Exception as error:
+            yield _event({"type": "error", **error_content(error, request_id)}, names)
+            raise
 
 
 async def _told(event: Event, pieces: _Pieces, about: dict[str, Any], names: EventNames) -> list[dict[str, Any]]:

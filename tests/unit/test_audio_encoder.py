@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import itertools
@@ -310,10 +311,29 @@ def test_a_stream_without_samples_ends_without_an_error(audio_format: str) -> No
 
 
 @pytest.mark.parametrize("audio_format", FORMATS)
-def test_an_encoder_can_be_dropped_before_its_end(audio_format: str) -> None:
+@pytest.mark.parametrize("finish", [False, True])
+def test_a_closed_encoder_leaves_nothing_to_the_garbage_collector(audio_format: str, finish: bool) -> None:
+    encode(music(100), RATE, audio_format, SEED)  # what the libraries keep
+    gc.collect()
+    gc.disable()
+    try:
+        encoder = StreamEncoder(audio_format, RATE, 2, RATE, SEED)
+        assert encoder.push(music(RATE // 2, 2))
+        if finish:
+            encoder.finish()
+        encoder.close()
+        del encoder
+        assert not [item for item in gc.get_objects() if issubclass(type(item), av.container.Container)]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("audio_format", FORMATS)
+def test_an_encoder_can_be_dropped_without_being_closed(audio_format: str) -> None:
     encoder = StreamEncoder(audio_format, RATE, 2, RATE, SEED)
     assert encoder.push(music(RATE // 2, 2))
     del encoder
+    gc.collect()
     assert encode(music(RATE, 2), RATE, audio_format, SEED).data
 
 
