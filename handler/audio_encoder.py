@@ -275,6 +275,7 @@ class _FFmpegWriter:
         rates = av.Codec(codec, "w").audio_rates
         self.sample_rate = sample_rate if rates is None or sample_rate in rates else OTHER_SAMPLE_RATE
         self.samples = 0
+        self._closed = False
         self._layout = _LAYOUTS[channels]
         options = {"fflags": "+bitexact", "flush_packets": "1", **(muxer_options or {})}
         self._container = av.open(sink, "w", format=container, options=options)
@@ -295,16 +296,22 @@ class _FFmpegWriter:
         frame.sample_rate = self.sample_rate
         frame.pts = self.samples
         self.samples += len(pcm)
-        self._container.mux(self._stream.encode(frame))
+        self._container.mux(self._encode(frame))
 
     def finish(self) -> None:
         if self.samples:
             # a last mp3 frame without duration is all padding; with it, the Info frame would tell too little
-            self._container.mux([packet for packet in self._stream.encode(None) if packet.duration])
+            self._container.mux([packet for packet in self._encode(None) if packet.duration])
         self.close()
 
     def close(self) -> None:
+        self._closed = True
         self._container.close()  # which also ends a cycle of references
+
+    def _encode(self, frame: av.AudioFrame | None) -> list[av.Packet]:
+        if self._closed:  # PyAV would crash
+            raise ValueError("the file is closed")
+        return self._stream.encode(frame)
 
 
 class _FlacWriter(_FFmpegWriter):

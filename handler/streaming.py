@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import closing
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from handler.audio_encoder import StreamEncoder
 from handler.engine.messages import Audio, Card, Done, Event, Failed, Progress, Started
@@ -98,8 +100,9 @@ async def streamed_reply(
     headers = clip_headers(about)
     if request.stream_format == "sse":
         about["format"] = request.format
-        return StreamedReply(EVENT_STREAM, _events(events, pieces, about, request_id, names), headers)
-    return StreamedReply(pieces.encoder.content_type, _audio(events, pieces), headers)
+        body = _released(_events(events, pieces, about, request_id, names), pieces)
+        return StreamedReply(EVENT_STREAM, body, headers)
+    return StreamedReply(pieces.encoder.content_type, _released(_audio(events, pieces), pieces), headers)
 
 
 class _Pieces:
@@ -111,45 +114,62 @@ class _Pieces:
             request.format, card.sample_rate, card.channels, samples, request.seed, request.sample_rate
         )
         self._level = StreamLevel(request.normalization, card.sample_rate)
+        self._lock = threading.Lock()
 
     async def push(self, audio: Audio) -> bytes:
-        return await asyncio.to_thread(lambda: self.encoder.push(self._level.push(torch.from_numpy(audio.wav))))
+        return await asyncio.to_thread(self._push, torch.from_numpy(audio.wav))
 
     async def finish(self) -> bytes:
-        return await asyncio.to_thread(lambda: self.encoder.push(self._level.finish()) + self.encoder.finish())
+        return await asyncio.to_thread(self._finish)
 
     def close(self) -> None:
-        self.encoder.close()
+        """Release the encoder, after the push that may still run in a thread when its waiter is cancelled."""
+        with self._lock:
+            self.encoder.close()
+
+    def _push(self, wav: Tensor) -> bytes:
+        with self._lock:
+            return self.encoder.push(self._level.push(wav))
+
+    def _finish(self) -> bytes:
+        with self._lock:
+            return self.encoder.push(self._level.finish()) + self.encoder.finish()
 
 
-async def _audio(events: AsyncIterator[Event], pieces: _Pieces) -> AsyncIterator[bytes]:
-    """A file's bytes; one that must break off ends short of its `x-duration`, and raises what broke it off."""
+async def _released(body: AsyncGenerator[bytes, None], pieces: _Pieces) -> AsyncGenerator[bytes, None]:
+    """The body; at its end, or where it breaks off, the encoder is released."""
     with closing(pieces):
-        async for event in events:
-            match event:
-                case Audio():
-                    yield await pieces.push(event)
-                case Done():
-                    yield await pieces.finish()
-                case Failed(error):
-                    try:
-                        raise error
-                    finally:
-                        del error, event  # or this frame and the error would hold each other, and the callers' audio
+        async with aclosing(body):
+            async for piece in body:
+                yield piece
+
+
+async def _audio(events: AsyncIterator[Event], pieces: _Pieces) -> AsyncGenerator[bytes, None]:
+    """A file's bytes; one that must break off ends short of its `x-duration`, and raises what broke it off."""
+    async for event in events:
+        match event:
+            case Audio():
+                yield await pieces.push(event)
+            case Done():
+                yield await pieces.finish()
+            case Failed(error):
+                try:
+                    raise error
+                finally:
+                    del error, event  # or this frame and the error would hold each other, and all the callers' audio
 
 
 async def _events(
     events: AsyncIterator[Event], pieces: _Pieces, about: dict[str, Any], request_id: str, names: EventNames
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events; what must break off ends with an `error` event, and raises what broke it off."""
-    with closing(pieces):
-        try:
-            async for event in events:
-                for content in await _told(event, pieces, about, names):
-                    yield _event(content, names)
-        except Exception as error:
-            yield _event({"type": "error", **error_content(error, request_id)}, names)
-            raise
+    try:
+        async for event in events:
+            for content in await _told(event, pieces, about, names):
+                yield _event(content, names)
+    except Exception as error:
+        yield _event({"type": "error", **error_content(error, request_id)}, names)
+        raise
 
 
 async def _told(event: Event, pieces: _Pieces, about: dict[str, Any], names: EventNames) -> list[dict[str, Any]]:

@@ -328,6 +328,17 @@ def test_a_closed_encoder_leaves_nothing_to_the_garbage_collector(audio_format: 
         gc.enable()
 
 
+@pytest.mark.parametrize("audio_format", [name for name in FILES if name != "wav"])
+def test_a_closed_encoder_refuses_more(audio_format: str) -> None:
+    encoder = StreamEncoder(audio_format, RATE, 1, RATE, SEED)
+    encoder.push(music(3_000))
+    encoder.close()
+    encoder.close()
+    for again in (lambda: encoder.push(music(RATE)), encoder.finish):
+        with pytest.raises(ValueError, match="is closed"):
+            again()
+
+
 @pytest.mark.parametrize("audio_format", FORMATS)
 def test_an_encoder_can_be_dropped_without_being_closed(audio_format: str) -> None:
     encoder = StreamEncoder(audio_format, RATE, 2, RATE, SEED)

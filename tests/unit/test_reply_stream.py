@@ -181,6 +181,17 @@ def test_what_fails_before_it_begins_is_no_stream(error: Exception, stream_forma
         streamed([Failed(error)], request(stream_format=stream_format))
 
 
+@pytest.mark.parametrize("stream_format", ["audio", "sse"])
+@pytest.mark.parametrize("events", [CLIP, [*BEGUN, Failed(EngineDiedError("the engine died"))]], ids=["whole", "cut"])
+def test_a_stream_s_encoder_is_released_at_its_end(
+    events: list[Event], stream_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[StreamEncoder] = []
+    monkeypatch.setattr(StreamEncoder, "close", lambda encoder: closed.append(encoder))
+    streamed(events, request(format="flac", stream_format=stream_format))
+    assert len(closed) == 1
+
+
 def test_a_stream_that_breaks_off_ends_short_and_raises_why() -> None:
     wanted = request(format="pcm", normalization="none")
     failure = EngineDiedError("the engine died")

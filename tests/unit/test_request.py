@@ -181,6 +181,8 @@ def test_text_that_is_not_utf8_is_refused() -> None:
         ("play/80s pop.mp3", "80s pop", "mp3"),
         ("/play/a/b.c.WAV", "a/b.c", "wav"),
         ("play/.ogg", "", "ogg"),
+        ("play/x.opus", "x", "opus"),
+        ("play/x.AAC", "x", "aac"),
     ],
 )
 def test_a_play_path_is_a_prompt_and_a_format(path: str, prompt: str, audio_format: str) -> None:
