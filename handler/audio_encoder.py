@@ -55,8 +55,8 @@ class _Writer(Protocol):
 class AudioEncoder:
     """Writes one audio file to a sink.
 
-    The bytes depend on the samples and the arguments alone, not on how the samples were cut into pushes, nor on the
-    CPU's vector instructions. The file decodes to the clip's length, with these exceptions:
+    The bytes depend on the samples and the arguments alone, not on how the samples were cut into pushes. The file
+    decodes to the clip's length, with these exceptions:
 
     * `mp3` to a sink that cannot seek lacks the Info frame that tells players its encoder's delay (1,105 samples):
       that delay is heard as silence at the front, and up to 2 frames of 1,152 samples follow at the end;
@@ -67,10 +67,9 @@ class AudioEncoder:
     computed") and tells only the largest frame that there can be. `ogg` and `opus` are both Opus in Ogg, whose stream
     serial number is the seed's low 31 bits, so that files of different seeds can be joined into one.
 
-    A codec that does not take a rate gets 48 kHz: Opus 22.05, 32 and 44.1 kHz. Audio is resampled in blocks by the
-    windowed sinc of julius, which the model's own input goes through too. FFmpeg's resampler would be a second filter,
-    and its floating-point paths differ between CPUs. A resampled file has `floor(length * to_rate / from_rate)`
-    samples.
+    A codec that does not take a rate gets 48 kHz: Opus 22.05, 32 and 44.1 kHz. Audio is resampled by the windowed sinc
+    of julius and not by FFmpeg: it is the filter that the model's input goes through, and its result does not depend on
+    how the audio is cut. A resampled file has `floor(length * to_rate / from_rate)` samples.
 
     Attributes:
         sample_rate: of the file, in Hz.
