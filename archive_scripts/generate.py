@@ -19,7 +19,7 @@ file.
 
   python -m archive_scripts generate small "80s pop with heavy drums" -o pop.wav --duration 12 --seed 7
 """
-FORMATS = ("wav", "flac", "mp3", "ogg")
+FORMATS = ("wav", "flac", "mp3", "ogg", "opus", "aac")
 
 
 def add_parser(commands: Any) -> None:
@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("variant", metavar="VARIANT", help="a name, hub id or folder")
     parser.add_argument("prompt", nargs="?", default="", help="what to play; without it, anything")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("clip.wav"), help="file to write, .wav, .flac, .mp3 or .ogg"
+        "-o", "--output", type=Path, default=Path("clip.wav"), help=f"file to write, .{', .'.join(FORMATS)}"
     )
     parser.add_argument("--duration", type=float, default=8.0, help="seconds (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="0 to 2^63-1; without it one is drawn and printed")
@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     # Loading PyTorch takes seconds; `--help` and wrong arguments should not.
     import torch
 
-    from handler.audio import encode, normalize
+    from handler.audio import normalize
+    from handler.audio_encoder import encode
     from handler.musicgen import Clip, GenerationParams, MusicGen
 
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))

@@ -1,20 +1,16 @@
-"""Audio at the server's edge: convert what came, normalise and encode what is sent.
+"""Waveforms: conversion of rate and channels, levels, and 16-bit samples.
 
 A waveform is a float32 tensor of shape [C, T] with values nominally in [-1, 1]; a sample rate is in Hz.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import julius
 import numpy as np
 import pyloudnorm
-import soundfile
 import torch
 from torch import Tensor
 
@@ -24,10 +20,6 @@ PEAK_HEADROOM = 10 ** (-1 / 20)
 RMS_TARGET = 10 ** (-18 / 20)
 
 BLOCK_SECONDS = 10
-OPUS_SAMPLE_RATE = 48_000
-MP3_QUALITY = 0.4  # of libsndfile: 192 kbit/s, constant; 96 below 32 kHz
-
-_REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def convert_channels(wav: Tensor, channels: int) -> Tensor:
@@ -137,108 +129,7 @@ NORMALIZATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedAudio:
-    """An audio file in memory.
-
-    Attributes:
-        data: the file's bytes.
-        content_type: its media type.
-        sample_rate: of the audio in the file, in Hz; 48000 for ogg whatever the model's.
-    """
-
-    data: bytes
-    content_type: str
-    sample_rate: int
-
-
-CONTENT_TYPES = {
-    "wav": "audio/wav",
-    "flac": "audio/flac",
-    "mp3": "audio/mpeg",
-    "ogg": "audio/ogg",
-    "pcm": "audio/pcm",
-}
-
-
-def encode(wav: Tensor, sample_rate: int, audio_format: str, seed: int) -> EncodedAudio:
-    """Write `[C, T]` as 16-bit wav or flac, mp3, ogg (Opus) or pcm (raw little-endian 16-bit, interleaved).
-
-    The same waveform and seed give the same bytes, and decode to its length; mp3 does by the header its first frame
-    holds, which players follow. Opus takes 48 kHz and not 32, so ogg is resampled.
-    """
-    if audio_format == "ogg":
-        wav, sample_rate = convert_audio(wav, sample_rate, OPUS_SAMPLE_RATE, len(wav)), OPUS_SAMPLE_RATE
-    pcm = to_int16(wav)
-    match audio_format:
-        case "wav":
-            data = _write(pcm, sample_rate, "WAV", "PCM_16")
-        case "flac":
-            data = _write(pcm, sample_rate, "FLAC", "PCM_16")
-        case "ogg":
-            data = set_ogg_serial(_write(pcm, sample_rate, "OGG", "OPUS"), ogg_serial(seed))
-        case "mp3":
-            data = _write_mp3(pcm, sample_rate)
-        case "pcm":
-            data = pcm.tobytes()
-        case _:
-            raise ValueError(f"no encoder for {audio_format!r}")
-    return EncodedAudio(data, CONTENT_TYPES[audio_format], sample_rate)
-
-
 def to_int16(wav: Tensor) -> np.ndarray:
     """Samples `[C, T]` in [-1, 1] as little-endian 16-bit integers `[T, C]`; what is outside is cut, never wrapped."""
     samples = wav.detach().cpu().T.double().nan_to_num(0.0).clamp(-1, 1).mul(32767).round()
     return np.ascontiguousarray(samples.numpy().astype("<i2"))
-
-
-def _write(pcm: np.ndarray, sample_rate: int, container: str, subtype: str) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, pcm, sample_rate, format=container, subtype=subtype)
-    return buffer.getvalue()
-
-
-def _write_mp3(pcm: np.ndarray, sample_rate: int) -> bytes:
-    buffer = io.BytesIO()
-    # as float: libsndfile 1.2.2 spoils 16-bit stereo on the way to mp3 (its pull request 1106)
-    soundfile.write(
-        buffer,
-        pcm.astype(np.float32) / 32768,
-        sample_rate,
-        format="MP3",
-        subtype="MPEG_LAYER_III",
-        bitrate_mode="CONSTANT",
-        compression_level=MP3_QUALITY,
-    )
-    return buffer.getvalue()
-
-
-def ogg_serial(seed: int) -> int:
-    """The stream serial number of an ogg file, from the request's seed."""
-    return zlib.crc32(b"%d" % seed)
-
-
-def set_ogg_serial(data: bytes, serial: int) -> bytes:
-    """Give every page of an ogg file this stream serial number and the checksum that follows from it (RFC 3533).
-
-    libsndfile draws the number at random, the only thing that differs between two encodings of one waveform.
-    """
-    file = bytearray(data)
-    start = 0
-    while start < len(file):
-        segments = file[start + 26]
-        end = start + 27 + segments + sum(file[start + 27 : start + 27 + segments])
-        file[start + 14 : start + 18] = serial.to_bytes(4, "little")
-        file[start + 22 : start + 26] = bytes(4)
-        file[start + 22 : start + 26] = ogg_checksum(file[start:end]).to_bytes(4, "little")
-        start = end
-    return bytes(file)
-
-
-def ogg_checksum(page: bytes | bytearray) -> int:
-    """CRC-32 with polynomial 0x04c11db7, most significant bit first, no inversion (RFC 3533).
-
-    It is zlib's CRC with every byte and the result mirrored, and zlib's two inversions undone.
-    """
-    mirrored = zlib.crc32(page.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
-    return int(f"{mirrored:032b}"[::-1], 2)

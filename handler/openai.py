@@ -18,8 +18,10 @@ NO_EFFECT = ("model", "voice", "speed", "instructions")
 """Fields of a speech request that mean nothing for music: accepted, for the client libraries send them."""
 
 DEFAULT_FORMAT = "mp3"
-FORMATS = {"mp3": "mp3", "opus": "ogg", "flac": "flac", "wav": "wav", "pcm": "pcm"}
-"""OpenAI's `response_format` and our name for it; its `aac` is not made."""
+FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
+"""The choices of OpenAI's `response_format`."""
+
+PCM_SAMPLE_RATE = 24_000  # Hz; its `pcm` has no header, so its clients take this for granted
 
 FORMAT_NAMES = {"format", *(alias for alias, name in ALIASES.items() if name == "format")}
 
@@ -28,23 +30,22 @@ def speech_fields(body: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A speech request's fields under our names, and those among them that have no effect.
 
     Our own fields (`duration`, `seed`, …) may stand beside OpenAI's, as its libraries' `extra_body` puts them there.
+    The `sample_rate` of `pcm` is 24 kHz if it is not given.
 
     Raises:
         RequestError: without `input`, or for a format that is not made.
     """
-    if "input" not in body:
+    if body.get("input") is None:
         raise RequestError("input", "is missing; it is the text to play")
-    fields = {name: value for name, value in body.items() if name not in NO_EFFECT}
-    for name in ("response_format", "stream_format"):
-        if fields.get(name) is None:  # null is OpenAI's default
-            fields.pop(name, None)
+    fields = {name: value for name, value in body.items() if name not in NO_EFFECT and value is not None}
     if not fields.keys() & FORMAT_NAMES:
         fields["response_format"] = DEFAULT_FORMAT
-    if "response_format" in fields:
-        wanted = fields["response_format"]
-        if not isinstance(wanted, str) or wanted not in FORMATS:
-            raise RequestError("response_format", f"must be one of {', '.join(FORMATS)}, not {shown(wanted)}")
-        fields["response_format"] = FORMATS[wanted]
+    if "response_format" in fields and fields["response_format"] not in FORMATS:
+        raise RequestError(
+            "response_format", f"must be one of {', '.join(FORMATS)}, not {shown(fields['response_format'])}"
+        )
+    if "pcm" in [fields.get(name) for name in FORMAT_NAMES]:
+        fields.setdefault("sample_rate", PCM_SAMPLE_RATE)
     return fields, [name for name in NO_EFFECT if name in body]
 
 

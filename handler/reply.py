@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from handler import audio
+from handler.audio import normalize
+from handler.audio_encoder import encode
 from handler.engine.messages import (
     DeadlineExceededError,
     EngineBusyError,
@@ -35,10 +36,13 @@ class Reply:
 
 
 def clip_reply(request: GenerationRequest, clip: Tensor, sample_rate: int, variant: str) -> Reply:
-    """Set the clip's level, encode it, and say in headers what it is."""
-    wav = audio.normalize(clip, sample_rate, request.normalization)
+    """Set the clip's level, encode it, and say in headers what it is.
+
+    The level is set at the model's rate, before any resampling: so a clip has the same gain at every rate.
+    """
+    wav = normalize(clip, sample_rate, request.normalization)
     audio_format = "wav" if request.format == "json" else request.format
-    encoded = audio.encode(wav, sample_rate, audio_format, request.seed)
+    encoded = encode(wav, sample_rate, audio_format, request.seed, request.sample_rate)
     channels, samples = wav.shape
     about: dict[str, Any] = {
         "seed": request.seed,

@@ -77,13 +77,23 @@ def _open_audio(value: Any, info: ValidationInfo) -> Upload | None:
         return None
     limits = cast(Limits, info.context)
     field = str(info.field_name)
+    if value == "":
+        raise RequestError(field, "the audio is empty; for no audio, leave the field out or give null")
     if not isinstance(value, str | bytes | bytearray):
         raise RequestError(field, f"must be a base64 text or an uploaded file, not {shown(value)}")
     return open_upload(value, field, limits.max_upload_bytes, 1 / limits.frame_rate, limits.max_upload_seconds)
 
 
 def _draw_seed(value: Any = None) -> Any:
-    return secrets.randbelow(DRAWN_SEEDS) if value is None else value
+    return secrets.randbelow(DRAWN_SEEDS) if value is None or _is_minus_one(value) else value
+
+
+def _end_of_audio(value: Any) -> Any:
+    return None if _is_minus_one(value) else value
+
+
+def _is_minus_one(value: Any) -> bool:
+    return isinstance(value, int | float) and value == -1
 
 
 AudioField = Annotated[
@@ -92,13 +102,14 @@ AudioField = Annotated[
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "nullable": True}),
 ]
 
+SampleRate = Literal[8000, 16000, 22050, 24000, 32000, 44100, 48000] | None
+
 
 class GenerationRequest(BaseModel):
     """One request for one clip, every value known and in bounds.
 
-    The fields are those of the API; `for_archive` gives the class with an archive's own bounds. Where a default is
-    null, null may be given. A `cfg_coef_beta` makes the guidance double and `two_step_cfg` has no effect then, as in
-    audiocraft.
+    The fields are those of the API; `for_archive` gives the class with an archive's own bounds. A `cfg_coef_beta` makes
+    the guidance double and `two_step_cfg` has no effect then, as in audiocraft.
     """
 
     model_config = ConfigDict(
@@ -117,10 +128,10 @@ class GenerationRequest(BaseModel):
     """Audio (wav, flac, mp3, ogg) to continue; what is continued is shorter than the model's window and `duration`."""
     continuation_start: float | None = Field(default=None, ge=0)
     """Where the excerpt to continue begins in that audio, in seconds; null: at its beginning."""
-    continuation_end: float | None = Field(default=None, gt=0)
-    """Where the excerpt to continue ends in that audio, in seconds; null: at its end."""
+    continuation_end: Annotated[float | None, BeforeValidator(_end_of_audio)] = Field(default=None, gt=0)
+    """Where the excerpt to continue ends in that audio, in seconds; null or -1: at its end."""
     seed: Annotated[int, BeforeValidator(_draw_seed)] = Field(default_factory=_draw_seed, ge=0, le=MAX_SEED)
-    """Decides every draw; absent: one below 2^53 is drawn and reported."""
+    """Decides every draw; absent or -1: one below 2^53 is drawn and reported."""
     timeout: float = 600.0
     """Seconds until the request is given up."""
     temperature: float = Field(default=1.0, ge=0, le=10)
@@ -145,8 +156,10 @@ class GenerationRequest(BaseModel):
     """Seconds of the style audio that are looked at; null: the checkpoint's."""
     ds_factor: int | None = Field(default=None, ge=1, le=1000)
     """Keep one in this many frames of the style; null: the checkpoint's."""
-    format: Literal["wav", "flac", "mp3", "ogg", "pcm", "json"] = "wav"
-    """Of the reply: an audio file, raw 16-bit samples, or JSON with a base64 wav."""
+    format: Literal["wav", "flac", "mp3", "ogg", "opus", "aac", "pcm", "json"] = "wav"
+    """Of the reply: an audio file, raw 16-bit samples, or JSON with a base64 wav; ogg and opus are both Ogg Opus."""
+    sample_rate: SampleRate = None
+    """Of the audio sent, in Hz; null: the model's. Opus is sent at 48000 Hz instead of 22050, 32000 or 44100."""
     normalization: Literal["loudness", "peak", "rms", "clip", "none"] = "loudness"
     """How the level of the clip is set."""
     stream: bool = False
@@ -236,7 +249,7 @@ class GenerationRequest(BaseModel):
         audio, start, end = self.continuation, self.continuation_start, self.continuation_end
         if audio is None:
             for field in ("continuation_start", "continuation_end"):
-                if getattr(self, field) is not None:
+                if getattr(self, field):  # a start of 0 is the default of some clients
                     raise RequestError(field, "needs the audio it is about, in `continuation`")
             return self
         for field, time in (("continuation_start", start), ("continuation_end", end)):

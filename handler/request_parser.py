@@ -14,6 +14,7 @@ from handler.errors import RequestError
 from handler.openai import MODELS_PATH, SPEECH_PATH, speech_fields
 from handler.question import CancelQuestion, ClipQuestion, DescriptionQuestion, ModelsQuestion, Question
 from handler.registry import VARIANTS
+from handler.replicate import BOOLEANS, replicate_fields
 from handler.request import ALIASES, CONDITION_FIELDS, GenerationRequest, Limits, shown
 
 CANCEL_PATH = "cancel"
@@ -78,7 +79,9 @@ class RequestParser:
         of_body = self._fields_of_body(row, headers)
         if of_path is None and of_body is None:
             return DescriptionQuestion()
-        return ClipQuestion(self._request(of_path or {}, of_body or {}))
+        condition = CONDITION_FIELDS[self.limits.melody][0] if self.limits.melody else None
+        fields, ignored = replicate_fields(of_body or {}, condition)
+        return ClipQuestion(self._request(of_path or {}, fields), ignored=ignored)
 
     def _request(self, *sources: Mapping[str, Any]) -> GenerationRequest:
         values: dict[str, Any] = {}
@@ -90,7 +93,9 @@ class RequestParser:
         body = (self._fields_of_body(row, headers) or {}) if any(row.values()) else {}
         if unknown := body.keys() - {"id"}:
             raise RequestError(min(unknown)[:40], "is not a field; to cancel a request, give its `id`")
-        given = body.get("id", headers.get("x-request-id"))
+        given = body.get("id")
+        if given is None:
+            given = headers.get("x-request-id")
         if given is None:
             raise RequestError(
                 "id", "is missing; give the x-request-id that the request was sent with, as `id` or in that header"
@@ -128,9 +133,18 @@ class RequestParser:
         )
 
     def _from_form(self, name: str, value: Any) -> Any:
-        """A form's value as its field's type; what cannot be read as that is left for the validation to refuse."""
+        """A form's value as its field's type, None if it is empty: a browser sends every field of a form.
+
+        What cannot be read as that type is left for the validation to refuse.
+        """
+        if not isinstance(value, str | bytes | bytearray):
+            return value
+        if not value or value.isspace():
+            return None
+        if name in BOOLEANS and len(value) <= _LONGEST_BOOLEAN:
+            return _FORM_BOOLEANS.get(_text(value, name).strip().lower(), value)
         schema = self.fields.get(ALIASES.get(name, name))
-        if schema is None or not isinstance(value, str | bytes | bytearray) or "contentEncoding" in schema:
+        if schema is None or "contentEncoding" in schema:
             return value
         text = _text(value, name)
         match schema["type"]:
@@ -143,12 +157,12 @@ class RequestParser:
         return text
 
     def _add(self, values: dict[str, Any], given: Mapping[str, Any]) -> None:
-        """Add fields under their own names; a field must come once, by whichever name."""
+        """Add fields under their own names; a field must come once, by whichever name. None means not given."""
         for key, value in given.items():
             name = ALIASES.get(key, key)
+            if value is None and (name in self.fields or name in self._of_others):
+                continue
             if name in self._of_others:
-                if value is None:
-                    continue
                 raise RequestError(name, self._of_another_kind(name))
             if name not in self.fields:
                 close = difflib.get_close_matches(key[:40], [*self.fields, *ALIASES], n=1)
@@ -205,6 +219,7 @@ _FORM_BOOLEANS = {
     "no": False,
     "off": False,
 }
+_LONGEST_BOOLEAN = 8  # with white space around it; no audio file is as short
 _FORM_INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
 _FORM_NUMBER = re.compile(r"[+-]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,4})?")
 
@@ -261,7 +276,7 @@ def _flat(schema: dict[str, Any]) -> dict[str, Any]:
 def _bounds(schema: Mapping[str, Any]) -> str:
     """A field's type and bounds in words, as in "a number from 0 to 10"."""
     if "enum" in schema:
-        return f"one of {', '.join(schema['enum'])}"
+        return f"one of {', '.join(map(str, schema['enum']))}"
     match schema["type"]:
         case "boolean":
             return "true or false"

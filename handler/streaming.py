@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from handler.audio_encoder import StreamEncoder
 from handler.engine.messages import Audio, Card, Done, Event, Failed, Progress, Started
 from handler.reply import clip_headers, error_content
 from handler.request import GenerationRequest
-from handler.stream_audio import StreamEncoder, StreamLevel
+from handler.stream_audio import StreamLevel
 
 EVENT_STREAM = "text/event-stream"
 
@@ -96,8 +100,9 @@ async def streamed_reply(
     headers = clip_headers(about)
     if request.stream_format == "sse":
         about["format"] = request.format
-        return StreamedReply(EVENT_STREAM, _events(events, pieces, about, request_id, names), headers)
-    return StreamedReply(pieces.encoder.content_type, _audio(events, pieces), headers)
+        body = _released(_events(events, pieces, about, request_id, names), pieces)
+        return StreamedReply(EVENT_STREAM, body, headers)
+    return StreamedReply(pieces.encoder.content_type, _released(_audio(events, pieces), pieces), headers)
 
 
 class _Pieces:
@@ -105,17 +110,41 @@ class _Pieces:
 
     def __init__(self, request: GenerationRequest, card: Card) -> None:
         samples = round(int(request.duration * card.frame_rate) * card.sample_rate / card.frame_rate)
-        self.encoder = StreamEncoder.create(request.format, card.sample_rate, card.channels, request.seed, samples)
+        self.encoder = StreamEncoder(
+            request.format, card.sample_rate, card.channels, samples, request.seed, request.sample_rate
+        )
         self._level = StreamLevel(request.normalization, card.sample_rate)
+        self._lock = threading.Lock()
 
     async def push(self, audio: Audio) -> bytes:
-        return await asyncio.to_thread(lambda: self.encoder.push(self._level.push(torch.from_numpy(audio.wav))))
+        return await asyncio.to_thread(self._push, torch.from_numpy(audio.wav))
 
     async def finish(self) -> bytes:
-        return await asyncio.to_thread(lambda: self.encoder.push(self._level.finish()) + self.encoder.finish())
+        return await asyncio.to_thread(self._finish)
+
+    def close(self) -> None:
+        """Release the encoder, after the push that may still run in a thread when its waiter is cancelled."""
+        with self._lock:
+            self.encoder.close()
+
+    def _push(self, wav: Tensor) -> bytes:
+        with self._lock:
+            return self.encoder.push(self._level.push(wav))
+
+    def _finish(self) -> bytes:
+        with self._lock:
+            return self.encoder.push(self._level.finish()) + self.encoder.finish()
 
 
-async def _audio(events: AsyncIterator[Event], pieces: _Pieces) -> AsyncIterator[bytes]:
+async def _released(body: AsyncGenerator[bytes, None], pieces: _Pieces) -> AsyncGenerator[bytes, None]:
+    """The body; at its end, or where it breaks off, the encoder is released."""
+    with closing(pieces):
+        async with aclosing(body):
+            async for piece in body:
+                yield piece
+
+
+async def _audio(events: AsyncIterator[Event], pieces: _Pieces) -> AsyncGenerator[bytes, None]:
     """A file's bytes; one that must break off ends short of its `x-duration`, and raises what broke it off."""
     async for event in events:
         match event:
@@ -132,7 +161,7 @@ async def _audio(events: AsyncIterator[Event], pieces: _Pieces) -> AsyncIterator
 
 async def _events(
     events: AsyncIterator[Event], pieces: _Pieces, about: dict[str, Any], request_id: str, names: EventNames
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events; what must break off ends with an `error` event, and raises what broke it off."""
     try:
         async for event in events:

@@ -27,7 +27,7 @@ class StreamResampler:
         width = (self._resample.get_buffer("kernel").shape[-1] - self._old) // 2
         # both in units of `old` input samples, which make `new` output samples
         self._margin = math.ceil(width / self._old)
-        self._block = round(BLOCK_SECONDS * divisor)
+        self._block = max(1, round(BLOCK_SECONDS * divisor))
         self._windows = Windows((self._block + 2 * self._margin) * self._old, self._block * self._old)
         self._heard = self._made = 0
 

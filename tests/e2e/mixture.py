@@ -12,7 +12,7 @@ import soundfile
 
 from tests.goldens.wavs import synth
 
-FORMATS = ["wav", "mp3", "ogg", "flac", "pcm"]
+FORMATS = ["wav", "mp3", "ogg", "flac", "pcm", "opus", "aac"]
 WAYS: list[dict[str, Any]] = [{}, {"stream": True}, {"stream_format": "sse"}]
 PROMPTS: list[dict[str, Any]] = [{"prompt": "80s pop"}, {"prompt": "warm jazz with a saxophone"}, {}]
 STEERING: list[dict[str, Any]] = [
@@ -24,6 +24,7 @@ STEERING: list[dict[str, Any]] = [
     {"top_k": 5, "cfg_coef": 5},
     {"cfg_coef_beta": 2},  # three rows
 ]
+RATES = [None, None, 22_050, 48_000]
 LEVELS = ["loudness", "peak", "rms", "clip", "none"]
 
 
@@ -45,6 +46,7 @@ def mixture(count: int, longest: float, melodies: bool = False) -> list[dict[str
             **PROMPTS[number % 3],
             **draw.choice(STEERING),
             "format": audio_format,
+            "sample_rate": draw.choice(RATES),
             "normalization": draw.choice(LEVELS),
             "duration": duration,
             "seed": number,

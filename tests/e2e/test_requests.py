@@ -69,7 +69,7 @@ def test_a_player_can_open_the_play_address(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("audio_format", "rate"), [("wav", 32_000), ("flac", 32_000), ("ogg", 48_000), ("mp3", 32_000)]
+    ("audio_format", "rate"), [("wav", 32_000), ("flac", 32_000), ("ogg", 48_000), ("opus", 48_000), ("mp3", 32_000)]
 )
 def test_every_audio_format_decodes_to_the_length_asked_for(server: Server, audio_format: str, rate: int) -> None:
     first, second = (server.post(duration=1.5, seed=1, format=audio_format) for _ in range(2))
@@ -79,6 +79,38 @@ def test_every_audio_format_decodes_to_the_length_asked_for(server: Server, audi
     assert first.headers["x-duration"] == "1.5"
     assert first.headers["x-variant"] == "tiny"
     assert first.content == second.content
+
+
+def test_the_sample_rate_is_the_one_asked_for(server: Server) -> None:
+    for fields in ({"sample_rate": 8_000}, {"sample_rate": 44_100, "format": "mp3"}, {"sample_rate": 24_000}):
+        response = server.post(duration=1, seed=1, **fields)
+        assert len(samples_of(response)) == fields["sample_rate"]
+        assert response.headers["x-duration"] == "1.0"
+
+
+def test_a_browser_s_form_may_leave_fields_empty(server: Server) -> None:
+    parts = ["prompt", "seed", "format", "sample_rate", "melody", "continuation_end", "top_k"]
+    lines = [f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n\r\n' for name in parts]
+    lines += [
+        f'--x\r\nContent-Disposition: form-data; name="{name}"; filename=""\r\n'
+        "Content-Type: application/octet-stream\r\n\r\n\r\n"
+        for name in ("continuation", "style")
+    ]
+    lines += ['--x\r\nContent-Disposition: form-data; name="duration"\r\n\r\n0.5\r\n', "--x--\r\n"]
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    response = requests.post(server.url(), data="".join(lines), headers=headers, timeout=TIMEOUT)
+    assert len(samples_of(response)) == 16_000
+    assert response.content == server.post(duration=0.5, seed=int(response.headers["x-seed"])).content
+
+
+def test_replicate_s_input_is_taken(server: Server) -> None:
+    clip = server.post(duration=1, seed=3)
+    audio = base64.b64encode(clip.content).decode()
+    wanted = {"prompt": "80s pop", "duration": 1.5, "seed": 4, "continuation_end": -1}
+    replicate = {**wanted, "model_version": "large", "input_audio": audio, "continuation": True, "output_format": "mp3"}
+    response = server.post(input=replicate)
+    assert response.headers["x-no-effect"] == "model_version"
+    assert response.content == server.post(**wanted, continuation=audio, format="mp3").content
 
 
 def test_pcm_and_json_hold_the_samples_of_the_wav(server: Server) -> None:
@@ -128,7 +160,8 @@ def test_the_model_describes_itself_at_both_addresses(server: Server) -> None:
     assert (description["window"], description["device"], description["dtype"]) == (30, "cpu", "float32")
     assert description["version"] == __version__
     assert not {"melody", "style", "eval_q", "excerpt_length", "ds_factor"} & set(description["fields"])
-    assert description["formats"] == ["wav", "flac", "mp3", "ogg", "pcm", "json"]
+    assert description["formats"] == ["wav", "flac", "mp3", "ogg", "opus", "aac", "pcm", "json"]
+    assert description["fields"]["sample_rate"]["enum"] == [8000, 16000, 22050, 24000, 32000, 44100, 48000]
     [managed] = requests.get(f"{server.management}/models/tiny?customized=true", timeout=TIMEOUT).json()
     assert managed["customizedMetadata"] == description
 

@@ -18,7 +18,7 @@ import soundfile
 
 from tests.e2e.conftest import TIMEOUT, Server
 
-FORMATS = ["wav", "mp3", "ogg", "flac", "pcm"]
+FORMATS = ["wav", "mp3", "ogg", "opus", "flac", "pcm"]
 CLIP: dict[str, Any] = {"prompt": "80s pop", "duration": 4, "seed": 3}
 ENDLESS: dict[str, Any] = {"prompt": "80s pop", "duration": 120, "seed": 4}
 LAST_CHUNK = b"\r\n0\r\n\r\n"
@@ -61,15 +61,23 @@ def test_audio_comes_before_the_clip_is_finished(server: Server) -> None:
     assert len(first + rest) < 2 * 32_000 * float(response.headers["x-duration"])
 
 
-def test_a_player_can_begin_with_a_wav_whose_length_is_not_known_yet(server: Server) -> None:
-    header = server.stream(**CLIP).content[:44]
+def test_a_streamed_wav_tells_its_length_at_once(server: Server) -> None:
+    response = server.stream("tiny", "endless-wav", **ENDLESS)
+    header = response.raw.read(44)
+    server.cancel("endless-wav")
     assert header[:4] == b"RIFF"
-    assert header[4:8] == header[40:44] == b"\xff\xff\xff\xff"
+    assert int.from_bytes(header[40:44], "little") == 120 * 32_000 * 2
+    response.close()
 
 
 @pytest.mark.parametrize("normalization", ["none", "clip"])
-def test_a_stream_has_the_samples_of_the_whole_clip(server: Server, normalization: str) -> None:
-    fields = {**CLIP, "format": "pcm", "normalization": normalization}
+@pytest.mark.parametrize(
+    ("audio_format", "sample_rate"), [("pcm", None), ("wav", 22_050), ("aac", 24_000), ("ogg", None)]
+)
+def test_a_stream_is_the_file_of_the_whole_clip(
+    server: Server, normalization: str, audio_format: str, sample_rate: int | None
+) -> None:
+    fields = {**CLIP, "format": audio_format, "sample_rate": sample_rate, "normalization": normalization}
     assert server.stream(**fields).content == server.post(**fields).content
 
 

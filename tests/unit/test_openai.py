@@ -49,20 +49,29 @@ def test_a_speech_s_input_is_the_prompt_and_mp3_is_the_default() -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "audio_format"),
-    [("mp3", "mp3"), ("opus", "ogg"), ("flac", "flac"), ("wav", "wav"), ("pcm", "pcm"), (None, "mp3")],
+    [(name, name) for name in ("mp3", "opus", "aac", "flac", "wav", "pcm")] + [(None, "mp3")],
 )
-def test_a_response_format_is_openai_s_name_for_ours(wanted: str | None, audio_format: str) -> None:
+def test_every_response_format_of_openai_s_is_made(wanted: str | None, audio_format: str) -> None:
     assert speech({"input": "x", "response_format": wanted}).request.format == audio_format
 
 
-@pytest.mark.parametrize("wanted", ["aac", "ogg", "json", "", 0, False, ["mp3"], {"a": 1}])
+@pytest.mark.parametrize("wanted", ["alac", "ogg", "json", "", 0, False, ["mp3"], {"a": 1}])
 def test_a_response_format_that_is_not_made_is_refused_with_those_that_are(wanted: Any) -> None:
     error = refusal_of_speech({"input": "x", "response_format": wanted})
     assert error.field == "response_format"
-    assert "one of mp3, opus, flac, wav, pcm, not" in error.message
+    assert "one of mp3, opus, aac, flac, wav, pcm, not" in error.message
 
 
-@pytest.mark.parametrize("body", [{}, {"model": "small", "voice": "alloy"}, {"prompt": "x"}])
+@pytest.mark.parametrize("name", ["response_format", "format", "output_format"])
+def test_pcm_is_at_24_khz_unless_another_rate_is_asked_for(name: str) -> None:
+    assert speech({"input": "x", name: "pcm"}).request.sample_rate == 24_000
+    assert speech({"input": "x", name: "pcm", "sample_rate": None}).request.sample_rate == 24_000
+    assert speech({"input": "x", name: "pcm", "sample_rate": 16_000}).request.sample_rate == 16_000
+    assert speech({"input": "x", name: "wav"}).request.sample_rate is None
+    assert speech({"input": "x"}).request.sample_rate is None
+
+
+@pytest.mark.parametrize("body", [{}, {"input": None}, {"model": "small", "voice": "alloy"}, {"prompt": "x"}])
 def test_a_speech_without_input_is_refused(body: dict[str, Any]) -> None:
     assert refusal_of_speech(body).field == "input"
 
@@ -100,7 +109,7 @@ def test_a_speech_may_be_a_form() -> None:
     row = {"input": bytearray(b"80s pop"), "response_format": bytearray(b"opus"), "voice": bytearray(b"alloy")}
     question = PARSER.parse(row, {**FORM, "url_path": "v1/audio/speech"})
     assert isinstance(question, ClipQuestion)
-    assert (question.request.prompt, question.request.format, question.ignored) == ("80s pop", "ogg", ["voice"])
+    assert (question.request.prompt, question.request.format, question.ignored) == ("80s pop", "opus", ["voice"])
 
 
 def test_a_request_in_our_own_shape_is_not_answered_in_openai_s() -> None:

@@ -5,6 +5,7 @@ import io
 import json
 from typing import Any
 
+import av
 import pytest
 import soundfile
 import torch
@@ -44,7 +45,9 @@ def clip(channels: int = 2, seconds: float = 1.0) -> Tensor:
         ("wav", "audio/wav", 32_000),
         ("flac", "audio/flac", 32_000),
         ("ogg", "audio/ogg", 48_000),
+        ("opus", "audio/ogg", 48_000),
         ("mp3", "audio/mpeg", 32_000),
+        ("aac", "audio/aac", 32_000),
         ("pcm", "audio/pcm", 32_000),
     ],
 )
@@ -63,9 +66,26 @@ def test_a_clip_comes_in_the_format_asked_for_and_says_what_it_is(
     if audio_format == "pcm":
         assert len(reply.body) == 32_000 * 2 * 2
     else:
-        samples, file_rate = soundfile.read(io.BytesIO(reply.body))
-        assert file_rate == rate
-        assert samples.shape[1] == 2
+        with av.open(io.BytesIO(reply.body)) as file:
+            [stream] = file.streams.audio
+            assert (stream.rate, stream.channels) == (rate, 2)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000])
+def test_a_clip_comes_at_the_rate_asked_for_with_the_same_level_and_duration(rate: int) -> None:
+    reply = clip_reply(request(sample_rate=rate, normalization="none"), clip(), 32_000, "small")
+    samples, file_rate = soundfile.read(io.BytesIO(reply.body))
+    assert (file_rate, samples.shape) == (rate, (rate, 2))
+    assert (reply.headers["x-sample-rate"], reply.headers["x-duration"]) == (str(rate), "1.0")
+    assert samples.std() == pytest.approx(float(clip().std()), rel=0.01)
+    in_json = json.loads(clip_reply(request(sample_rate=rate, format="json"), clip(), 32_000, "small").body)
+    assert in_json["sample_rate"] == rate
+
+
+def test_opus_comes_at_48_khz_where_it_does_not_take_the_rate_asked_for() -> None:
+    for rate, sent in ((8_000, "8000"), (24_000, "24000"), (22_050, "48000"), (44_100, "48000")):
+        reply = clip_reply(request(sample_rate=rate, format="opus"), clip(), 32_000, "small")
+        assert reply.headers["x-sample-rate"] == sent
 
 
 def test_json_holds_a_wav_and_what_the_headers_say() -> None:

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 
+from handler.audio_encoder import StreamEncoder
 from handler.engine.messages import (
     Audio,
     Card,
@@ -29,7 +30,7 @@ from handler.engine.messages import (
 )
 from handler.errors import RequestError
 from handler.request import GenerationRequest
-from handler.stream_audio import StreamEncoder, StreamLevel
+from handler.stream_audio import StreamLevel
 from handler.streaming import OPENAI, OURS, EventNames, streamed_reply
 from tests.unit.test_request import parse_json
 
@@ -74,7 +75,7 @@ def streamed(
 
 
 def encoded(wanted: GenerationRequest, pieces: tuple[torch.Tensor, ...] = PIECES, finish: bool = True) -> bytes:
-    encoder = StreamEncoder.create(wanted.format, RATE, 2, 7, SAMPLES)
+    encoder = StreamEncoder(wanted.format, RATE, 2, SAMPLES, 7, wanted.sample_rate)
     level = StreamLevel(wanted.normalization, RATE)
     body = b"".join(encoder.push(level.push(piece)) for piece in pieces)
     return body + encoder.push(level.finish()) + encoder.finish() if finish else body
@@ -101,7 +102,9 @@ def audio_of(contents: list[dict[str, Any]], kind: str) -> bytes:
         ("wav", "audio/wav", RATE),
         ("flac", "audio/flac", RATE),
         ("ogg", "audio/ogg", 48_000),
+        ("opus", "audio/ogg", 48_000),
         ("mp3", "audio/mpeg", RATE),
+        ("aac", "audio/aac", RATE),
         ("pcm", "audio/pcm", RATE),
     ],
 )
@@ -119,7 +122,7 @@ def test_a_stream_is_the_file_of_its_pieces_and_says_what_it_is(
         "x-duration": "0.98",
         "x-variant": "small",
     }
-    if audio_format == "flac":  # its header tells the length, which a stream must know before it begins
+    if audio_format in ("flac", "wav"):  # their headers tell the length, which a stream must know before it begins
         assert soundfile.info(io.BytesIO(body)).frames == SAMPLES
 
 
@@ -176,6 +179,17 @@ def test_no_event_is_without_audio_to_tell(names: EventNames) -> None:
 def test_what_fails_before_it_begins_is_no_stream(error: Exception, stream_format: str) -> None:
     with pytest.raises(type(error)):
         streamed([Failed(error)], request(stream_format=stream_format))
+
+
+@pytest.mark.parametrize("stream_format", ["audio", "sse"])
+@pytest.mark.parametrize("events", [CLIP, [*BEGUN, Failed(EngineDiedError("the engine died"))]], ids=["whole", "cut"])
+def test_a_stream_s_encoder_is_released_at_its_end(
+    events: list[Event], stream_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[StreamEncoder] = []
+    monkeypatch.setattr(StreamEncoder, "close", lambda encoder: closed.append(encoder))
+    streamed(events, request(format="flac", stream_format=stream_format))
+    assert len(closed) == 1
 
 
 def test_a_stream_that_breaks_off_ends_short_and_raises_why() -> None:

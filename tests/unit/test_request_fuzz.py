@@ -31,7 +31,7 @@ PARSERS = {
     "continuation": RequestParser(Limits(120.0, 600.0, 512, 100_000, 10.0, 50.0, 30.0)),
 }
 CARD = Card(32_000, 1, 50.0, 30.0, (), "cpu", "float32", 8, "style", StyleCard(32_000, 3.0, False, 6))
-NAMES = [*GenerationRequest.model_fields, *ALIASES]
+NAMES = [*GenerationRequest.model_fields, *ALIASES, "input_audio", "model_version", "multi_band_diffusion", "version"]
 FUZZ = settings(
     max_examples=600, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
@@ -82,6 +82,7 @@ values = (
 )
 names = st.sampled_from(NAMES) | st.text(max_size=10)
 fields = st.dictionaries(names, values, max_size=4)
+bodies = fields | st.builds(lambda inner, outer: {**outer, "input": inner}, fields, fields)
 form_values = (
     st.binary(max_size=50)
     | damaged_files()
@@ -135,6 +136,7 @@ def check(row: dict[str, Any], headers: dict[str, str], parser: RequestParser) -
         assert 0.02 <= request.duration <= 120
         assert 0 <= request.seed < 2**63
         assert not (request.streams and request.format == "json")
+        assert request.sample_rate is None or 8_000 <= request.sample_rate <= 48_000
         params_of(request)
         (request.prompt or "").encode()
         assert clip is not None
@@ -148,7 +150,7 @@ def check(row: dict[str, Any], headers: dict[str, str], parser: RequestParser) -
 
 
 @FUZZ
-@given(fields, parsers)
+@given(bodies, parsers)
 def test_any_json_object_is_answered(body: dict[str, Any], parser: RequestParser) -> None:
     check({"body": body}, {"content-type": "application/json"}, parser)
 

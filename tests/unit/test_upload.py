@@ -10,9 +10,9 @@ import pytest
 import soundfile
 import torch
 
-from handler.audio import ogg_checksum
 from handler.errors import RequestError
 from handler.upload import Upload, open_upload
+from tests.ogg import ogg_checksum
 
 pytestmark = pytest.mark.faults
 
