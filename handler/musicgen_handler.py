@@ -31,7 +31,7 @@ from handler.metrics import Metrics
 from handler.openai import models_list
 from handler.params import Clip, GenerationParams
 from handler.question import CancelQuestion, ClipQuestion, DescriptionQuestion, ModelsQuestion, Question
-from handler.reply import Reply, clip_reply, error_content, error_reply, json_reply
+from handler.reply import Reply, clip_reply, error_content, error_reply, json_reply, most_bytes
 from handler.request import GenerationRequest, Limits
 from handler.request_parser import RequestParser
 from handler.settings import OVERRIDES, Settings, SettingsError
@@ -164,6 +164,7 @@ class MusicGenHandler:
                     raise EngineUnavailableError(DRAINING)
                 if request.streams:
                     exchange.require_streams()
+                exchange.require_room(most_bytes(request, self.engine.describe()))
                 audio = audio_of(request, self.engine.describe())
                 question = replace(question, request=request.without_audio())
                 clip, deadline = Clip(request.prompt or None), arrived + request.timeout
@@ -210,10 +211,10 @@ class MusicGenHandler:
         else:
             wav = await whole_clip(events)
             reply = await asyncio.to_thread(clip_reply, request, wav, card.sample_rate, self.variant)
-        if not question.ignored:
-            return reply
-        note = {"x-no-effect": ", ".join(question.ignored)}
-        return replace(reply, headers={**reply.headers, **note})
+        notes = {"accept-ranges": "none"}  # a clip is sent from its beginning; players fall back to that
+        if question.ignored:
+            notes["x-no-effect"] = ", ".join(question.ignored)
+        return replace(reply, headers={**reply.headers, **notes})
 
     async def cancel(self, request_id: str) -> Reply:
         """Give up every request of an id, whichever worker has it.

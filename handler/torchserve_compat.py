@@ -11,7 +11,8 @@ one socket. What follows from that, and what is done here:
 * the worker sends what `handle` returns as one message more: it is `SENT`, which the socket drops;
 * a message longer than `max_response_size` ends the connection: bodies go in pieces of `CHUNK_BYTES`;
 * over gRPC, and for a model's description, a second message to a finished call is an error in the frontend that ends
-  the worker's connection for good: those replies are one message, which closes the table's entry as well;
+  the worker's connection for good: those replies are one message, which closes the table's entry as well. The worker
+  cannot tell Predictions from StreamPredictions, so this holds for both;
 * whatever `handle` raises is sent to every request of the worker: `handle` may raise nothing at all;
 * a measurement that the server's metrics file does not declare is dropped: `metric_sink` says so once.
 """
@@ -35,16 +36,16 @@ from ts.service import Service
 
 from handler.errors import RequestError
 from handler.metrics import Kind, Sink
-from handler.reply import Reply, error_reply
+from handler.reply import Reply
 from handler.request_parser import CLIENT_ID, is_form
 from handler.streaming import StreamedReply
 
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**20
-MAX_SINGLE_BYTES = 6_000_000  # TorchServe's own default of max_response_size is 6.5 MB
+MAX_GRPC_BYTES = 4 * 2**20 - 1024
+"""A gRPC client refuses longer messages unless it is set up to take them; less what the message adds to the body."""
 NO_STREAM_OVER_GRPC = "is not served over gRPC; leave it out for the whole clip, or ask over HTTP"
-TOO_LONG_FOR_GRPC = "the clip is too long for one gRPC message; ask for mp3 or flac, a shorter one, or over HTTP"
 SENT = secrets.token_bytes(32)
 """What `handle` returns when its reply has gone out; random, so that no reply can end in it by chance."""
 
@@ -91,7 +92,7 @@ class Exchange:
 
     Attributes:
         headers: the request's, by lower-case name. A form's fields are listed among them with a dict for a value;
-            those are left out.
+            those are left out. `url_path` is TorchServe's own.
         request_id: the client's own `x-request-id` if it gave a plain one, else the frontend's.
         is_model_description: asked with `GET /models/<name>?customized=true`.
         has_begun: something of the reply has been sent, so its status can no longer be changed.
@@ -105,6 +106,10 @@ class Exchange:
         self._context = context
         every_header = context.get_all_request_header(0)
         self.headers = {name.lower(): value for name, value in every_header.items() if isinstance(value, str)}
+        # TorchServe sets both for addresses under /predictions. Elsewhere a `url_path` is the client's own.
+        self.headers.pop("url_path", None)
+        if "explain" in every_header and "url_path" in every_header:
+            self.headers["url_path"] = str(every_header["url_path"])
         given = self.headers.get("x-request-id", "")
         self.request_id = given if CLIENT_ID.fullmatch(given) else str(context.get_request_id(0))
         # a client of /predictions can send this header too
@@ -118,10 +123,17 @@ class Exchange:
         if self._is_grpc:
             raise RequestError("stream", NO_STREAM_OVER_GRPC)
 
+    def require_room(self, size: int) -> None:
+        """Raises RequestError where the client cannot receive a body of so many bytes: over gRPC."""
+        if self._is_grpc and size > MAX_GRPC_BYTES:
+            raise RequestError(
+                "duration",
+                f"the reply would take up to {size / 2**20:.1f} MiB, and gRPC clients accept 4 MiB; ask for mp3 or "
+                "ogg, for a shorter clip, or over HTTP",
+            )
+
     async def send(self, reply: Reply) -> None:
         """Send the whole reply; `handle` has to return `[SENT]` then."""
-        if self._is_grpc and len(reply.body) > MAX_SINGLE_BYTES:
-            reply = error_reply(RequestError("format", TOO_LONG_FOR_GRPC), self.request_id)
         self._set_head(reply.status, reply.content_type, reply.headers)
         for messages in self._messages(reply):
             await self._put(messages)

@@ -112,7 +112,8 @@ def handler_with(*events: Event | BaseException, melody: str | None = None) -> t
 def handled(handler: MusicGenHandler, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Message:
     """The first message of the reply, with the whole reply's body."""
     raw: Any = FakeSocket()
-    context: Context = context_of(headers, LockedSocket(raw))
+    of_predictions = {"explain": "False"} if "url_path" in headers else {}
+    context: Context = context_of({**headers, **of_predictions}, LockedSocket(raw))
     assert asyncio.run(handler.handle([copy.deepcopy(dict(row))], context)) == [SENT]
     messages = messages_in(raw.data)
     messages[0].body = b"".join(message.body for message in messages)
@@ -458,6 +459,35 @@ def test_a_stream_over_grpc_is_refused_in_one_message() -> None:
     message = handled(handler, {"stream": bytearray(b"true")}, {"stream": {"content-type": ""}})
     assert json.loads(message.body)["error"]["field"] == "stream"
     assert not engine.jobs
+
+
+@pytest.mark.parametrize(
+    ("fields", "fits"),
+    [
+        ({"duration": b"65"}, True),
+        ({"duration": b"66"}, False),
+        ({"duration": b"50", "format": b"json"}, False),
+        ({"duration": b"66", "format": b"flac"}, False),
+        ({"duration": b"120", "format": b"mp3"}, True),
+        ({"duration": b"120", "format": b"ogg"}, True),
+    ],
+)
+def test_a_clip_too_long_for_a_grpc_client_is_refused_before_it_is_made(fields: dict[str, bytes], fits: bool) -> None:
+    handler, engine = handler_with(*STREAM)
+    message = handled(handler, fields, {name: {"content-type": ""} for name in fields})
+    assert bool(engine.jobs) == fits
+    if not fits:
+        error = json.loads(message.body)["error"]
+        assert (message.status, error["field"]) == (400, "duration")
+        assert "gRPC clients accept 4 MiB; ask for mp3 or ogg" in error["message"]
+    assert handled(handler, {"body": {"duration": 120}}, JSON).status == 200
+
+
+def test_a_clip_says_that_no_part_of_it_can_be_asked_for() -> None:
+    handler, _ = handler_with(*STREAM)
+    for headers in (HTTP, {**HTTP, "range": "bytes=100-200"}):
+        message = handled(handler, {"prompt": b"pop", "body": b""}, headers)
+        assert (message.status, message.headers["accept-ranges"]) == (200, "none")
 
 
 def test_a_stream_that_fails_before_its_first_byte_is_an_error_with_its_status() -> None:
