@@ -13,6 +13,8 @@ one socket. What follows from that, and what is done here:
 * over gRPC, and for a model's description, a second message to a finished call is an error in the frontend that ends
   the worker's connection for good: those replies are one message, which closes the table's entry as well. The worker
   cannot tell Predictions from StreamPredictions, so this holds for both;
+* a batch of two or more is an error in the frontend, after which those requests are never answered: a worker that is
+  told of a batch size above 1 has TorchServe stop it (`require_frontend`);
 * whatever `handle` raises is sent to every request of the worker: `handle` may raise nothing at all;
 * a measurement that the server's metrics file does not declare is dropped: `metric_sink` says so once.
 """
@@ -50,6 +52,32 @@ SENT = secrets.token_bytes(32)
 """What `handle` returns when its reply has gone out; random, so that no reply can end in it by chance."""
 
 _END_OF_PREDICTIONS = b"\xff\xff\xff\xff"
+
+
+class FrontendError(Exception):
+    """TorchServe runs this model in a way in which it would lose requests; the message says what to change."""
+
+
+def require_frontend(context: Context) -> None:
+    """Check how TorchServe runs this model.
+
+    Raises:
+        FrontendError: for a batch size above 1 (`batch_size` of a registration wins over the archive), or without
+            asyncCommunication.
+    """
+    batch_size = context.system_properties["batch_size"]
+    if batch_size is not None and batch_size > 1:
+        raise FrontendError(
+            f"the batch size is {batch_size}, and TorchServe never answers requests that it puts into one batch; "
+            "unregister the model and register it with batch_size=1, or without that parameter and with `batchSize: 1` "
+            "in model-config.yaml. Requests run together whatever the batch size is (`max_concurrency`)"
+        )
+    config = context.model_yaml_config or {}
+    if config.get("asyncCommunication") is not True or config.get("continuousBatching"):
+        raise FrontendError(
+            "model-config.yaml needs `asyncCommunication: true` and no `continuousBatching`; without them TorchServe "
+            "cannot run requests together. Set them, and register the model again"
+        )
 
 
 class LockedSocket:

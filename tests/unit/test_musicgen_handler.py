@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import os
 import time
 import weakref
 from collections.abc import AsyncIterator, Mapping
@@ -46,6 +47,7 @@ from handler.engine.messages import (
 )
 from handler.engine.ticket import UnreadAudio
 from handler.errors import RequestError
+from handler.load_failure import failures
 from handler.metrics import Metrics
 from handler.musicgen_handler import MusicGenHandler, whole_clip
 from handler.reply import Reply
@@ -501,15 +503,32 @@ def test_a_stream_that_fails_before_its_first_byte_is_an_error_with_its_status()
 def test_who_asks_a_model_that_cannot_be_loaded_is_told_the_cause(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    stopped: list[tuple[str, str]] = []
     monkeypatch.setattr("handler.musicgen_handler.lock_worker_socket", lambda: None)
+    monkeypatch.setattr("handler.musicgen_handler.stop_workers", lambda *version: stopped.append(version))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "failed").mkdir()
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     asked: list[tuple[dict[str, Any], dict[str, str]]] = [({"body": {}}, JSON), ({}, {"describe": "True"})]
-    for config, cause in (({"handler": {"x": 1}}, "`handler.x`"), (None, "state_dict.bin does not exist")):
-        context = Context("small", str(tmp_path), None, 1, None, "0.12.0", model_yaml_config=config)
+    good = {"asyncCommunication": True}
+    for config, batch_size, cause in (
+        ({**good, "handler": {"x": 1}}, 1, "`handler.x`"),
+        (good, 1, "state_dict.bin does not exist"),
+        (good, 8, "the batch size is 8"),
+        (good, 2, "register it with batch_size=1"),
+        (None, 1, "needs `asyncCommunication: true`"),
+        ({"asyncCommunication": False}, 1, "needs `asyncCommunication: true`"),
+        ({**good, "continuousBatching": True}, 1, "no `continuousBatching`"),
+    ):
+        manifest = {"model": {"modelVersion": "1.0"}}
+        context = Context("small", str(tmp_path), manifest, batch_size, None, "0.12.0", model_yaml_config=config)
         context.metrics = context_with(METRICS_YAML).metrics
         handler = MusicGenHandler()
+        stopped.clear()
         handler.initialize(context)
+        assert bool(stopped) == ("batch" in cause or "asyncC" in cause or "continuous" in cause)
+        assert cause in failures(tmp_path, "small", "1.0")[os.getpid()]
         for row, headers in asked:
             message = handled(handler, row, headers)
             error = json.loads(message.body)["error"]
