@@ -86,6 +86,7 @@ class MusicGenHandler:
             logger.exception("%s cannot be served: %s", self.variant, cause)
             self.failure = EngineUnavailableError(f"{cause} (fix this, then scale the model to 0 workers and back)")
             if isinstance(error, FrontendError):
+                self.failure = EngineUnavailableError(cause)
                 self._leave(version)
 
     def _leave(self, version: str) -> None:
