@@ -27,7 +27,7 @@ from handler.engine.engine import Engine
 from handler.engine.messages import Audio, EngineUnavailableError, Event, Failed, Job, Restarted
 from handler.engine.spec import ModelSpec
 from handler.errors import UnknownRequestError
-from handler.load_failure import record_failure
+from handler.load_failure import forget_failures, record_failure
 from handler.metrics import Metrics
 from handler.openai import models_list
 from handler.params import Clip, GenerationParams
@@ -140,6 +140,7 @@ class MusicGenHandler:
                 style_codebooks=card.style.num_codebooks if card.style else 0,
             )
         )
+        forget_failures(Path(tempfile.gettempdir()), self.variant, version)
         logger.info("%s ready after %.1f s: %s", self.variant, time.monotonic() - started, card)
 
     async def handle(self, data: list[dict[str, Any]], context: Context) -> list[bytes]:
