@@ -129,7 +129,7 @@ class RequestParser:
             return fields
         of_body = self._read_body(row.get(BODY), headers)
         if twice := fields.keys() & (of_body or {}).keys():
-            raise RequestError(min(twice), "is given more than once, in the address and in the body")
+            raise RequestError(min(twice)[:40], "is given more than once, in the address and in the body")
         return of_body if of_body is None else {**fields, **of_body}
 
     def _read_body(self, body: Any, headers: Mapping[str, str]) -> Mapping[str, Any] | None:
@@ -241,7 +241,7 @@ def _is_address(row: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
 
 def _seed_of(values: Mapping[str, Any]) -> int:
     """A seed for an address that names none: the same for the same music."""
-    music = {name: value for name, value in values.items() if name not in DELIVERY_FIELDS}
+    music = {name: value for name, value in values.items() if value is not None and name not in DELIVERY_FIELDS}
     text = json.dumps(music, sort_keys=True, default=lambda value: bytes(value).hex())
     return int.from_bytes(hashlib.sha256(text.encode()).digest()) % DRAWN_SEEDS
 

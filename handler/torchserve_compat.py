@@ -136,8 +136,9 @@ class Exchange:
         self.headers = {name.lower(): value for name, value in every_header.items() if isinstance(value, str)}
         # TorchServe sets both for addresses under /predictions. Elsewhere a `url_path` is the client's own.
         self.headers.pop("url_path", None)
-        if "explain" in every_header and "url_path" in every_header:
-            self.headers["url_path"] = str(every_header["url_path"])
+        path = every_header.get("url_path")
+        if isinstance(path, str) and isinstance(every_header.get("explain"), str):
+            self.headers["url_path"] = path
         given = self.headers.get("x-request-id", "")
         self.request_id = given if CLIENT_ID.fullmatch(given) else str(context.get_request_id(0))
         # a client of /predictions can send this header too

@@ -234,9 +234,10 @@ def test_headers_are_found_whatever_their_case_and_form_fields_are_not_headers()
         ({"explain": "False", "url_path": "", "URL_PATH": "cancel"}, ""),
         ({"host": "127.0.0.1", "url_path": "cancel"}, None),
         ({"host": "127.0.0.1", "URL_PATH": "cancel"}, None),
+        ({"explain": {"content-type": ""}, "url_path": {"content-type": ""}}, None),
     ],
 )
-def test_only_torchserve_s_own_path_counts(headers: dict[str, str], path: str | None) -> None:
+def test_only_torchserve_s_own_path_counts(headers: dict[str, Any], path: str | None) -> None:
     assert Exchange(ROW, context_of(headers)).headers.get("url_path") == path
 
 
