@@ -14,8 +14,10 @@ import pytest
 import requests
 import soundfile
 
+from archive_scripts.properties import read_properties
 from handler import __version__
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import Server, eventually
+from tests.e2e.grpc_client import predict
 
 TIMEOUT = 120
 
@@ -245,3 +247,21 @@ def test_odd_header_bytes_do_no_harm(server: Server) -> None:
             + b"\xff\xfe\xe9\r\nX-Request-Id: \xff\r\ndescribe: true\r\nConnection: close\r\n\r\n"
         )
         assert connection.recv(12) == b"HTTP/1.1 200"
+
+
+def test_over_grpc_a_clip_comes_in_one_message_and_one_too_long_for_the_client_is_refused_unmade(
+    server: Server,
+) -> None:
+    port = int(read_properties(server.torchserve.folder / "config.properties")["grpc_inference_port"])
+    assert predict(port, "tiny", {"duration": "0.5", "seed": "1"}) == server.post(duration=0.5, seed=1).content
+
+    def made() -> float:
+        return sum(server.measured("musicgen_audio_seconds_total").values())
+
+    before = made()
+    for fields in ({"duration": "66"}, {"duration": "60", "format": "json"}, {"duration": "1", "stream": "true"}):
+        assert predict(port, "tiny", fields) is None
+    mp3 = predict(port, "tiny", {"duration": "2", "seed": "1", "format": "mp3"})
+    assert mp3 == server.post(duration=2, seed=1, format="mp3").content
+    eventually(lambda: made() >= before + 4)
+    assert made() < before + 10
