@@ -13,18 +13,16 @@ LARGEST_WINDOW = 2**31 - 1
 TIMEOUT = 120
 
 
-def predict(port: int, model: str, fields: Mapping[str, str]) -> bytes | None:
-    """What `Predictions` replies to these inputs; None: an error."""
+def predict(port: int, model: str, fields: Mapping[str, str]) -> bytes:
+    """What `Predictions` replies to these inputs: a clip, or an error as JSON."""
     reply = call(port, "Predictions", model, fields)
-    if not reply:
-        return None
     length, start = _varint(reply, 6)  # behind gRPC's 5 bytes and the tag of PredictionResponse.prediction
     assert len(reply) == start + length
     return reply[start:]
 
 
 def call(port: int, method: str, model: str, fields: Mapping[str, str]) -> bytes:
-    """The bytes that a method of TorchServe's InferenceAPIsService replies with; none if it is an error."""
+    """The bytes that a method of TorchServe's InferenceAPIsService replies with."""
     entries = [_field(3, _field(1, name.encode()) + _field(2, value.encode())) for name, value in fields.items()]
     message = _field(1, model.encode()) + b"".join(entries)
     headers = {

@@ -260,7 +260,8 @@ def test_over_grpc_a_clip_comes_in_one_message_and_one_too_long_for_the_client_i
 
     before = made()
     for fields in ({"duration": "66"}, {"duration": "60", "format": "json"}, {"duration": "1", "stream": "true"}):
-        assert predict(port, "tiny", fields) is None
+        error = json.loads(predict(port, "tiny", fields))["error"]  # TorchServe loses the status
+        assert (error["code"], error["field"]) == (400, "stream" if "stream" in fields else "duration")
     mp3 = predict(port, "tiny", {"duration": "2", "seed": "1", "format": "mp3"})
     assert mp3 == server.post(duration=2, seed=1, format="mp3").content
     eventually(lambda: made() >= before + 4)
