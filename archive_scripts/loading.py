@@ -38,8 +38,8 @@ def wait_until_ready(
             version = get()
         except CommandError as refusal:
             problem = f" ({refusal})"
-        # Looked for after the workers: one that could not load its model is ready too, to say so to who asks.
-        if found := error():
+        # The log is read after the workers, or it might not tell yet of one that is seen to be gone.
+        if found := error() or (version and version.failure):
             raise CommandError(f"TorchServe could not load its models: {found}\n(logs: {server.path})")
         if version is not None:
             wanted = len(version.workers) if workers is None else workers

@@ -17,15 +17,18 @@ from archive_scripts.run_folder import RunFolder
 MOST_MODELS = 1000
 SECONDS = 60.0
 READY = "READY"
+FAILED = "FAILED"
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A process that serves a version: its pid, its status (`READY` or `LOADING`), whether it has a GPU."""
+    """A process that serves a version: its pid, its status (`READY`, `LOADING`, or `FAILED`: it could not load the
+    model, and answers every request with the cause), whether it has a GPU, and the cause of its failure."""
 
     pid: int
     status: str
     gpu: bool
+    failure: str | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -42,6 +45,7 @@ class Version:
         archive: its file or folder in the server's store.
         workers: in the order in which they were started; scaling down ends the last ones.
         pending: requests that no worker has taken yet.
+        failure: why a worker could not load the model; where there is no worker, why the last one could not.
     """
 
     variant: str
@@ -50,6 +54,7 @@ class Version:
     archive: str
     workers: tuple[Worker, ...]
     pending: int
+    failure: str | None = None
 
     @property
     def ready(self) -> int:
@@ -73,7 +78,7 @@ class Management:
         [default] = self._call("GET", f"/{quote(variant)}")
         described = self._call("GET", f"/{quote(variant)}/all")
         loaded = {pid for _, pid in gauges(self._server)}
-        return [_version(description, default["modelVersion"], loaded) for description in described]
+        return [self._version(description, default["modelVersion"], loaded) for description in described]
 
     def version(self, variant: str, version: str | None = None) -> Version:
         """One version: the default one if none is named."""
@@ -105,6 +110,25 @@ class Management:
         """Its workers are ended with whatever they are doing."""
         self._call("DELETE", f"/{quote(variant)}/{quote(version)}")
 
+    def _version(self, description: Any, default: str, loaded: Set[int]) -> Version:
+        variant, version = description["modelName"], description["modelVersion"]
+        failures = self._server.failures(variant, version)
+        workers = []
+        for told in description["workers"]:
+            pid = told["pid"]
+            status = FAILED if pid in failures else _status(told["status"], pid in loaded)
+            workers.append(Worker(pid, status, told["gpu"], failures.get(pid)))
+        causes = [worker.failure for worker in workers if worker.failure] if workers else list(failures.values())
+        return Version(
+            variant=variant,
+            version=version,
+            is_default=version == default,
+            archive=description["modelUrl"],
+            workers=tuple(workers),
+            pending=description.get("jobQueueStatus", {}).get("pendingRequests", 0),
+            failure=causes[-1] if causes else None,
+        )
+
     def _call(self, method: str, path: str, **query: Any) -> Any:
         url = f"{self._server.management}/models{path}" + (f"?{urlencode(query)}" if query else "")
         try:
@@ -117,18 +141,6 @@ class Management:
         except (OSError, ValueError) as error:
             logs = f"its logs are in {self._server.path}"
             raise CommandError(f"the server at {self._server.management} does not answer: {error} ({logs})") from error
-
-
-def _version(description: Any, default: str, loaded: Set[int]) -> Version:
-    workers = [Worker(w["pid"], _status(w["status"], w["pid"] in loaded), w["gpu"]) for w in description["workers"]]
-    return Version(
-        variant=description["modelName"],
-        version=description["modelVersion"],
-        is_default=description["modelVersion"] == default,
-        archive=description["modelUrl"],
-        workers=tuple(workers),
-        pending=description.get("jobQueueStatus", {}).get("pendingRequests", 0),
-    )
 
 
 def _status(told: str, is_loaded: bool) -> str:

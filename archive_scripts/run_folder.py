@@ -3,7 +3,8 @@
     config.properties   what TorchServe was started with
     key_file.json       the access tokens, written by TorchServe
     store/              links to the archives, `<model>@<version>.mar`: all that can be registered
-    tmp/                TorchServe's temporary files: unpacked archives, sockets; `draining/` (see handler/drain.py)
+    tmp/                TorchServe's temporary files: unpacked archives, sockets; `draining/` and `failed/` (see
+                        handler/drain.py and load_failure.py)
     logs/               as archive_scripts/log4j2.xml says
     console.log         what the Java machine itself prints
 
@@ -29,6 +30,8 @@ from archive_scripts.errors import CommandError
 from archive_scripts.members import MANIFEST, model_name, open_archive
 from archive_scripts.properties import read_properties, write_properties
 from handler.drain import FOLDER as DRAINING
+from handler.load_failure import FOLDER as FAILED
+from handler.load_failure import failures
 
 PREFIX = "musicgen-"
 CONFIG_FILE = "config.properties"
@@ -64,7 +67,8 @@ class RunFolder:
         path = Path(tempfile.mkdtemp(prefix=PREFIX))  # mode 0700
         for name in ("store", "tmp"):
             (path / name).mkdir()
-        (path / "tmp" / DRAINING).mkdir()
+        for name in (DRAINING, FAILED):
+            (path / "tmp" / name).mkdir()
         write_properties(path / CONFIG_FILE, properties | {"model_store": str(path / "store")})
         return cls(path)
 
@@ -108,6 +112,10 @@ class RunFolder:
 
     def unlink(self, name: str) -> None:
         (self.path / "store" / name).unlink(missing_ok=True)
+
+    def failures(self, variant: str, version: str) -> dict[int, str]:
+        """Why workers of a version could not load their model, by pid, the latest last."""
+        return failures(self.path / "tmp", variant, version)
 
     def token(self, scope: Scope, renew: bool = False) -> str:
         """The token of a scope; a new one, for which the old is no longer good, if it has expired or `renew` is set.

@@ -18,7 +18,8 @@ HELP = "show what a running server serves, and how busy it is"
 DESCRIPTION = """\
 Show the server that `serve` runs on this machine: each version of each variant, whether requests that name no version
 go to it, how many of its workers are ready, how many requests it has in flight, and how many of these wait for a place.
-A worker that is not ready is loading its model, or cannot: the logs in the private folder tell.
+A worker that is not ready is loading its model. If one could not load it, the cause follows the table; such a worker
+answers every request with a 503 and the cause.
 
   python -m archive_scripts status
   python -m archive_scripts status --port 9000 --json
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
         busy = (workload.in_flight([version]), workload.of(WAITING, version.workers) + version.pending)
         rows.append((*_row(version), *(str(count) for count in busy)))
     print_table(rows)
+    _print_failures(versions)
 
 
 def show_versions(versions: Sequence[Version], as_json: bool) -> None:
@@ -59,9 +61,18 @@ def show_versions(versions: Sequence[Version], as_json: bool) -> None:
         print(json.dumps([asdict(version) for version in versions], indent=2))
     else:
         print_table([HEADS, *(_row(version) for version in versions)])
+        _print_failures(versions)
 
 
 HEADS = ("VARIANT", "VERSION", "DEFAULT", "READY", "ARCHIVE")
+
+
+def _print_failures(versions: Sequence[Version]) -> None:
+    for version in versions:
+        if version.failure:
+            failed = sum(worker.failure is not None for worker in version.workers)
+            workers = f"{failed} of {len(version.workers)} workers" if version.workers else "its last worker"
+            print(f"{version.variant} {version.version}: {workers} could not load the model: {version.failure}")
 
 
 def _row(version: Version) -> tuple[str, ...]:

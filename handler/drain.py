@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 FOLDER = "draining"
 SERVER = "server"
@@ -17,7 +18,7 @@ SERVER = "server"
 
 def version_file(variant: str, version: str) -> str:
     """The file that asks every worker of a version."""
-    return f"version-{variant}@{version}"
+    return f"version-{quote(variant, safe='')}@{version}"
 
 
 def worker_file(pid: int) -> str:

@@ -27,20 +27,30 @@ from handler.engine.engine import Engine
 from handler.engine.messages import Audio, EngineUnavailableError, Event, Failed, Job, Restarted
 from handler.engine.spec import ModelSpec
 from handler.errors import UnknownRequestError
+from handler.load_failure import forget_failures, record_failure
 from handler.metrics import Metrics
 from handler.openai import models_list
 from handler.params import Clip, GenerationParams
 from handler.question import CancelQuestion, ClipQuestion, DescriptionQuestion, ModelsQuestion, Question
-from handler.reply import Reply, clip_reply, error_content, error_reply, json_reply
+from handler.reply import Reply, clip_reply, error_content, error_reply, json_reply, most_bytes
 from handler.request import GenerationRequest, Limits
 from handler.request_parser import RequestParser
+from handler.server_control import stop_workers
 from handler.settings import OVERRIDES, Settings, SettingsError
 from handler.streaming import OPENAI, OURS, StreamedReply, streamed_reply
-from handler.torchserve_compat import SENT, Exchange, let_go, lock_worker_socket, metric_sink
+from handler.torchserve_compat import (
+    SENT,
+    Exchange,
+    FrontendError,
+    let_go,
+    lock_worker_socket,
+    metric_sink,
+    require_frontend,
+)
 
 logger = logging.getLogger(__name__)
 
-_EXPLAINED = (SettingsError, EngineUnavailableError, OSError)
+_EXPLAINED = (SettingsError, FrontendError, EngineUnavailableError, OSError)
 """Errors whose first line tells a person what is wrong."""
 
 SHORTEST_PATIENCE = 60.0
@@ -71,13 +81,26 @@ class MusicGenHandler:
             self._load(context)
         except Exception as error:
             cause = str(error).splitlines()[0] if isinstance(error, _EXPLAINED) else f"{type(error).__name__}: {error}"
+            version = str(context.manifest["model"]["modelVersion"])
+            record_failure(Path(tempfile.gettempdir()), self.variant, version, cause)
             logger.exception("%s cannot be served: %s", self.variant, cause)
-            self.failure = EngineUnavailableError(f"{cause} (mend that, then scale the model to 0 workers and back)")
+            self.failure = EngineUnavailableError(f"{cause} (fix this, then scale the model to 0 workers and back)")
+            if isinstance(error, FrontendError):
+                self.failure = EngineUnavailableError(cause)
+                self._leave(version)
+
+    def _leave(self, version: str) -> None:
+        """Have TorchServe end this worker: with these settings its frontend would lose requests and never answer."""
+        try:
+            stop_workers(self.variant, version)
+        except OSError as error:
+            logger.error("TorchServe could not be told to stop the workers of %s: %s", self.variant, error)
 
     def _load(self, context: Context) -> None:
         # read when the model's parts import them; everything needed is in the archive
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         torch.set_num_threads(1)  # the cores are the engine's
+        require_frontend(context)
         settings = Settings.from_model_config(context.model_yaml_config, os.environ.get(OVERRIDES))
         checkpoint = Path(context.system_properties["model_dir"]) / "checkpoint"
         device = settings.device or _assigned_device(context.system_properties["gpu_id"])
@@ -117,6 +140,7 @@ class MusicGenHandler:
                 style_codebooks=card.style.num_codebooks if card.style else 0,
             )
         )
+        forget_failures(Path(tempfile.gettempdir()), self.variant, version)
         logger.info("%s ready after %.1f s: %s", self.variant, time.monotonic() - started, card)
 
     async def handle(self, data: list[dict[str, Any]], context: Context) -> list[bytes]:
@@ -164,6 +188,7 @@ class MusicGenHandler:
                     raise EngineUnavailableError(DRAINING)
                 if request.streams:
                     exchange.require_streams()
+                exchange.require_room(most_bytes(request, self.engine.describe()))
                 audio = audio_of(request, self.engine.describe())
                 question = replace(question, request=request.without_audio())
                 clip, deadline = Clip(request.prompt or None), arrived + request.timeout
@@ -210,10 +235,10 @@ class MusicGenHandler:
         else:
             wav = await whole_clip(events)
             reply = await asyncio.to_thread(clip_reply, request, wav, card.sample_rate, self.variant)
-        if not question.ignored:
-            return reply
-        note = {"x-no-effect": ", ".join(question.ignored)}
-        return replace(reply, headers={**reply.headers, **note})
+        notes = {"accept-ranges": "none"}  # a clip is sent from its beginning; players fall back to that
+        if question.ignored:
+            notes["x-no-effect"] = ", ".join(question.ignored)
+        return replace(reply, headers={**reply.headers, **notes})
 
     async def cancel(self, request_id: str) -> Reply:
         """Give up every request of an id, whichever worker has it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from handler.audio import normalize
 from handler.audio_encoder import encode
 from handler.engine.messages import (
+    Card,
     DeadlineExceededError,
     EngineBusyError,
     EngineUnavailableError,
@@ -23,6 +25,9 @@ from handler.request import GenerationRequest
 from handler.request_parser import MediaTypeError, UnknownPathError
 
 JSON = "application/json"
+
+LOSSY_BYTES_PER_SECOND = 30_000  # 192 kbit/s on average, and a quarter for the peaks of variable bit rates
+HEADER_BYTES = 8192  # more than any format's header, and the metadata of a JSON reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,20 @@ def clip_reply(request: GenerationRequest, clip: Tensor, sample_rate: int, varia
         return Reply(200, encoded.content_type, encoded.data, headers)
     about |= {"format": audio_format, "audio": base64.b64encode(encoded.data).decode()}
     return json_reply(about, headers=headers)
+
+
+def most_bytes(request: GenerationRequest, card: Card) -> int:
+    """How many bytes the body of a clip's reply can have at most, known before the clip is made."""
+    if request.format not in ("wav", "pcm", "flac", "json"):
+        return HEADER_BYTES + math.ceil(request.duration * LOSSY_BYTES_PER_SECOND)
+    sample_rate = request.sample_rate or card.sample_rate
+    size = HEADER_BYTES + math.ceil(request.duration * sample_rate) * card.channels * 2
+    match request.format:
+        case "flac":
+            return math.ceil(size * 1.01)  # of noise, which cannot be compressed
+        case "json":
+            return math.ceil(size * 4 / 3)  # base64
+    return size
 
 
 def clip_headers(about: Mapping[str, Any]) -> dict[str, str]:

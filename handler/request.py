@@ -131,7 +131,8 @@ class GenerationRequest(BaseModel):
     continuation_end: Annotated[float | None, BeforeValidator(_end_of_audio)] = Field(default=None, gt=0)
     """Where the excerpt to continue ends in that audio, in seconds; null or -1: at its end."""
     seed: Annotated[int, BeforeValidator(_draw_seed)] = Field(default_factory=_draw_seed, ge=0, le=MAX_SEED)
-    """Decides every draw; absent or -1: one below 2^53 is drawn and reported."""
+    """Decides every draw; absent: one below 2^53 is drawn and reported, or computed from the address for a GET; -1:
+    one is drawn."""
     timeout: float = 600.0
     """Seconds until the request is given up."""
     temperature: float = Field(default=1.0, ge=0, le=10)

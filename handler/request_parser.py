@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -15,11 +16,17 @@ from handler.openai import MODELS_PATH, SPEECH_PATH, speech_fields
 from handler.question import CancelQuestion, ClipQuestion, DescriptionQuestion, ModelsQuestion, Question
 from handler.registry import VARIANTS
 from handler.replicate import BOOLEANS, replicate_fields
-from handler.request import ALIASES, CONDITION_FIELDS, GenerationRequest, Limits, shown
+from handler.request import ALIASES, CONDITION_FIELDS, DRAWN_SEEDS, GenerationRequest, Limits, shown
 
 CANCEL_PATH = "cancel"
 CLIENT_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 """What a client may call a request, in its header `x-request-id`."""
+
+BODY, MODEL_NAME = "body", "model_name"
+"""What TorchServe adds to the fields of a query: a GET's empty body, and at /invocations which model is asked."""
+
+DELIVERY_FIELDS = frozenset({"format", "normalization", "sample_rate", "stream", "stream_format", "timeout"})
+"""Fields that do not change the music, only how it is sent; an address has the same music in every format."""
 
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 FORM_HELP = (
@@ -60,8 +67,9 @@ class RequestParser:
         """Read what is asked.
 
         Args:
-            row: as TorchServe's handlers get it: `{"body": …}`, or one key per field of a form.
-            headers: the request's, by lower-case name; `url_path` is the path behind the model's version.
+            row: as TorchServe's handlers get it: `{"body": …}`, and one key per field of a form or a query.
+            headers: the request's, by lower-case name; `url_path` is the path behind the model's version, and is
+                there for addresses under /predictions alone.
 
         Raises:
             RequestError: (400) naming the field and the bounds; or its kin UnknownPathError (404),
@@ -81,12 +89,15 @@ class RequestParser:
             return DescriptionQuestion()
         condition = CONDITION_FIELDS[self.limits.melody][0] if self.limits.melody else None
         fields, ignored = replicate_fields(of_body or {}, condition)
-        return ClipQuestion(self._request(of_path or {}, fields), ignored=ignored)
+        request = self._request(of_path or {}, fields, is_address=_is_address(row, headers))
+        return ClipQuestion(request, ignored=ignored)
 
-    def _request(self, *sources: Mapping[str, Any]) -> GenerationRequest:
+    def _request(self, *sources: Mapping[str, Any], is_address: bool = False) -> GenerationRequest:
         values: dict[str, Any] = {}
         for source in sources:
             self._add(values, source)
+        if is_address and values.get("seed") is None:
+            values["seed"] = _seed_of(values)
         return self._validate(values)
 
     def _cancelled(self, row: Mapping[str, Any], headers: Mapping[str, str]) -> str:
@@ -115,10 +126,19 @@ class RequestParser:
             raise RequestError(None, FORM_HELP)
         if not row:
             return None
-        # over gRPC the fields come without a content type
-        if is_form(headers) or row.keys() != {"body"}:
-            return {name: self._from_form(name, value) for name, value in row.items()}
-        body = row["body"]
+        added = set() if "url_path" in headers else {MODEL_NAME}
+        if not is_form(headers):
+            added |= {BODY}
+        # of a form, of a query, or of a call over gRPC, which has no content type
+        fields = {name: self._from_form(name, value) for name, value in row.items() if name not in added}
+        if is_form(headers) or (fields and not row.get(BODY)):
+            return fields
+        of_body = self._read_body(row.get(BODY), headers)
+        if twice := fields.keys() & (of_body or {}).keys():
+            raise RequestError(min(twice)[:40], "is given more than once, in the address and in the body")
+        return of_body if of_body is None else {**fields, **of_body}
+
+    def _read_body(self, body: Any, headers: Mapping[str, str]) -> Mapping[str, Any] | None:
         media_type = _media_type(headers)
         if media_type == "application/json":
             return _json_object(body)
@@ -227,6 +247,19 @@ _FORM_NUMBER = re.compile(r"[+-]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE
 def is_form(headers: Mapping[str, str]) -> bool:
     """Whether a request, its headers by lower-case name, is a form, even one without fields."""
     return _media_type(headers) in FORM_TYPES
+
+
+def _is_address(row: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
+    """Whether all fields are in the address, so that it can be asked for again: a body came, and it is empty."""
+    has_fields = bool(headers.get("url_path") or row.keys() - {BODY, MODEL_NAME})
+    return has_fields and row.get(BODY) in (b"", "") and not is_form(headers)
+
+
+def _seed_of(values: Mapping[str, Any]) -> int:
+    """A seed for an address that names none: the same for the same music."""
+    music = {name: value for name, value in values.items() if value is not None and name not in DELIVERY_FIELDS}
+    text = json.dumps(music, sort_keys=True, default=lambda value: bytes(value).hex())
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()) % DRAWN_SEEDS
 
 
 def _media_type(headers: Mapping[str, str]) -> str:

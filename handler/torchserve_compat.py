@@ -11,7 +11,10 @@ one socket. What follows from that, and what is done here:
 * the worker sends what `handle` returns as one message more: it is `SENT`, which the socket drops;
 * a message longer than `max_response_size` ends the connection: bodies go in pieces of `CHUNK_BYTES`;
 * over gRPC, and for a model's description, a second message to a finished call is an error in the frontend that ends
-  the worker's connection for good: those replies are one message, which closes the table's entry as well;
+  the worker's connection for good: those replies are one message, which closes the table's entry as well. The worker
+  cannot tell Predictions from StreamPredictions, so this holds for both;
+* a batch of two or more is an error in the frontend, after which those requests are never answered: a worker that is
+  told of a batch size above 1 has TorchServe stop it (`require_frontend`);
 * whatever `handle` raises is sent to every request of the worker: `handle` may raise nothing at all;
 * a measurement that the server's metrics file does not declare is dropped: `metric_sink` says so once.
 """
@@ -35,20 +38,46 @@ from ts.service import Service
 
 from handler.errors import RequestError
 from handler.metrics import Kind, Sink
-from handler.reply import Reply, error_reply
+from handler.reply import Reply
 from handler.request_parser import CLIENT_ID, is_form
 from handler.streaming import StreamedReply
 
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**20
-MAX_SINGLE_BYTES = 6_000_000  # TorchServe's own default of max_response_size is 6.5 MB
+MAX_GRPC_BYTES = 4 * 2**20 - 1024
+"""A gRPC client refuses longer messages unless it is set up to take them; less what the message adds to the body."""
 NO_STREAM_OVER_GRPC = "is not served over gRPC; leave it out for the whole clip, or ask over HTTP"
-TOO_LONG_FOR_GRPC = "the clip is too long for one gRPC message; ask for mp3 or flac, a shorter one, or over HTTP"
 SENT = secrets.token_bytes(32)
 """What `handle` returns when its reply has gone out; random, so that no reply can end in it by chance."""
 
 _END_OF_PREDICTIONS = b"\xff\xff\xff\xff"
+
+
+class FrontendError(Exception):
+    """TorchServe runs this model in a way in which it would lose requests; the message says what to change."""
+
+
+def require_frontend(context: Context) -> None:
+    """Check how TorchServe runs this model.
+
+    Raises:
+        FrontendError: for a batch size above 1 (`batch_size` of a registration wins over the archive), or without
+            asyncCommunication.
+    """
+    batch_size = context.system_properties["batch_size"]
+    if batch_size is not None and batch_size > 1:
+        raise FrontendError(
+            f"the batch size is {batch_size}, and TorchServe never answers requests that it puts into one batch; "
+            "unregister the model and register it with batch_size=1, or without that parameter and with `batchSize: 1` "
+            "in model-config.yaml. Requests run together whatever the batch size is (`max_concurrency`)"
+        )
+    config = context.model_yaml_config or {}
+    if config.get("asyncCommunication") is not True or config.get("continuousBatching"):
+        raise FrontendError(
+            "model-config.yaml needs `asyncCommunication: true` and no `continuousBatching`; without them TorchServe "
+            "cannot run requests together. Set them, and register the model again"
+        )
 
 
 class LockedSocket:
@@ -91,7 +120,7 @@ class Exchange:
 
     Attributes:
         headers: the request's, by lower-case name. A form's fields are listed among them with a dict for a value;
-            those are left out.
+            those are left out. `url_path` is TorchServe's own.
         request_id: the client's own `x-request-id` if it gave a plain one, else the frontend's.
         is_model_description: asked with `GET /models/<name>?customized=true`.
         has_begun: something of the reply has been sent, so its status can no longer be changed.
@@ -105,6 +134,11 @@ class Exchange:
         self._context = context
         every_header = context.get_all_request_header(0)
         self.headers = {name.lower(): value for name, value in every_header.items() if isinstance(value, str)}
+        # TorchServe sets both for addresses under /predictions. Elsewhere a `url_path` is the client's own.
+        self.headers.pop("url_path", None)
+        path = every_header.get("url_path")
+        if isinstance(path, str) and isinstance(every_header.get("explain"), str):
+            self.headers["url_path"] = path
         given = self.headers.get("x-request-id", "")
         self.request_id = given if CLIENT_ID.fullmatch(given) else str(context.get_request_id(0))
         # a client of /predictions can send this header too
@@ -118,10 +152,17 @@ class Exchange:
         if self._is_grpc:
             raise RequestError("stream", NO_STREAM_OVER_GRPC)
 
+    def require_room(self, size: int) -> None:
+        """Raises RequestError where the client cannot receive a body of so many bytes: over gRPC."""
+        if self._is_grpc and size > MAX_GRPC_BYTES:
+            raise RequestError(
+                "duration",
+                f"the reply would take up to {size / 2**20:.1f} MiB, and gRPC clients accept 4 MiB; ask for mp3 or "
+                "ogg, for a shorter clip, or over HTTP",
+            )
+
     async def send(self, reply: Reply) -> None:
         """Send the whole reply; `handle` has to return `[SENT]` then."""
-        if self._is_grpc and len(reply.body) > MAX_SINGLE_BYTES:
-            reply = error_reply(RequestError("format", TOO_LONG_FOR_GRPC), self.request_id)
         self._set_head(reply.status, reply.content_type, reply.headers)
         for messages in self._messages(reply):
             await self._put(messages)

@@ -43,6 +43,7 @@ from handler.engine.messages import (
 from handler.engine.outbox import Message, Outbox
 from handler.engine.process import run
 from handler.engine.spec import ModelSpec
+from handler.engine.suspicion import Suspicion
 from handler.engine.ticket import Ticket, UnreadAudio
 from handler.errors import RequestError
 from handler.params import Clip
@@ -59,10 +60,9 @@ READERS = 2
 class Engine:
     """Turns jobs into events, in a process of its own.
 
-    `generate` may be iterated from any asyncio loop. When the process dies, another is started: what waited goes on
-    waiting; what ran is run again (it is deterministic), unless audio of a stream has already left. Any of what ran may
-    be the cause, so of those only one at a time is run again, beside whatever else comes; should the process die once
-    more, it is run alone, and given up if the process dies of that: so nobody is given up for another.
+    `generate` may be iterated from any asyncio loop. When the process dies, another is started and retries every job (a
+    job is deterministic), except streams that have already sent audio, which end. The first retry runs all jobs
+    together. If the process dies again, `Suspicion` finds the job that kills it, and only that job fails.
 
     Args:
         spec: what the process loads.
@@ -78,6 +78,7 @@ class Engine:
         self._lock = threading.RLock()
         self._keys = itertools.count()
         self._tickets: dict[str, Ticket] = {}
+        self._suspicion = Suspicion(self._tickets)
         self._connection: Connection | None = None
         self._outbox: Outbox | None = None
         self._process: SpawnProcess | None = None
@@ -220,26 +221,16 @@ class Engine:
         with self._lock:
             if key in self._tickets:
                 ticket.message = message
-                self._submit(key, ticket)
+                self._submit()
 
-    def _submit(self, key: str, ticket: Ticket) -> None:
-        """Gives a job to the process, or holds it back; see `Ticket`."""
+    def _submit(self) -> None:
+        """Gives the process every job that is complete and may run now."""
         if self._outbox is None:
-            return  # it is held until there is a process
-        beside = [other for other in self._tickets.values() if other is not ticket and not other.held]
-        if ticket.alone:
-            ticket.held = bool(beside)
-        else:
-            suspect = ticket.deaths > 0
-            ticket.held = any(other.alone or (suspect and other.deaths > 0) for other in beside)
-        if not ticket.held:
-            self._send(lambda: ticket.message)
-
-    def _submit_held(self) -> None:
-        """Gives the process what no longer has to be held back; those that run alone go first."""
-        for key, ticket in sorted(self._tickets.items(), key=lambda item: not item[1].alone):
-            if ticket.held and ticket.message is not None:
-                self._submit(key, ticket)
+            return  # the next process gets them
+        for key, ticket in self._tickets.items():
+            if ticket.message is not None and not ticket.sent and self._suspicion.may_run(key):
+                ticket.sent = True
+                self._outbox.put(ticket.read_message)
 
     def _withdraw(self, key: str, finished: bool) -> None:
         with self._lock:
@@ -247,12 +238,12 @@ class Engine:
             if known is None:
                 return
             known.let_go()
-            if not finished and not known.held:
+            if not finished and known.sent:
                 self._send(lambda: packed(Cancel(key)))
-            self._submit_held()
+            self._submit()
 
     def _send(self, message: Message) -> None:
-        # A broken pipe is the supervisor's business: it submits every ticket again.
+        # A broken pipe is the supervisor's business: it submits every job again.
         with self._lock:
             if self._outbox is not None:
                 self._outbox.put(message)
@@ -278,9 +269,7 @@ class Engine:
         with self._lock:
             self._process, self._connection, self._card, self._unavailable = process, ours, first.card, ""
             self._outbox = Outbox(ours, process.kill)
-            for ticket in self._tickets.values():
-                ticket.held = True
-            self._submit_held()
+            self._submit()
 
     def _supervise(self) -> None:
         while not self._closed.is_set():
@@ -331,29 +320,28 @@ class Engine:
             del ticket, event  # or the last job's audio would stay
 
     def _after_death(self) -> None:
-        """Decides for each job what a death of the process means to it."""
+        """Ends the jobs that cannot be retried, and readies the others for the next process."""
         with self._lock:
             process, outbox, self._connection, self._outbox = self._process, self._outbox, None, None
-            tickets = list(self._tickets.items())
         if process is not None:
             process.kill()  # it may only have closed its pipe
             process.join(_GRACE)
-            logger.error("the engine's process died (%s); %d requests are with it", _ending(process), len(tickets))
+            logger.error(
+                "the engine's process died (%s); %d requests are in flight", _ending(process), len(self._tickets)
+            )
         if outbox is not None:
             outbox.close()
-        suspects = [(key, ticket) for key, ticket in tickets if ticket.preparing or ticket.started]
-        # With none at work it died of taking one in, and that can have been any it was given.
-        suspects = suspects or [(key, ticket) for key, ticket in tickets if not ticket.held]
-        for key, ticket in suspects:
-            ticket.deaths += 1
-            if ticket.job.stream and ticket.heard:
-                self._fail(key, ticket, EngineDiedError("the engine died while this stream was under way"))
-            elif ticket.deaths > 1 and len(suspects) == 1:
-                self._fail(key, ticket, EngineDiedError("the engine died twice on this request"))
-            else:
-                ticket.alone = ticket.deaths > 1
-                ticket.preparing = ticket.started = ticket.heard = False
-                ticket.post(Restarted())
+        with self._lock:
+            for key, ticket in list(self._tickets.items()):
+                if ticket.job.stream and ticket.heard:
+                    self._fail(key, ticket, EngineDiedError("the engine died while this stream was under way"))
+            if culprit := self._suspicion.after_death():
+                error = EngineDiedError("the engine died each time it ran this request, the last time it ran it alone")
+                self._fail(culprit, self._tickets[culprit], error)
+            for ticket in self._tickets.values():
+                if ticket.at_work:
+                    ticket.post(Restarted())
+                ticket.sent = ticket.preparing = ticket.started = ticket.heard = False
 
     def _fail_all(self, error: EngineUnavailableError) -> None:
         with self._lock:

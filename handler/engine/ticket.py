@@ -34,12 +34,11 @@ class Ticket:
         audio: that is still to be read.
         audio_bytes: that its audio takes, read or not.
         message: the job as it goes to the process; None as long as its audio is not read, and once it is given up.
-        held: it is not with the process: not complete yet, or another job is that may kill it.
-        alone: it was there at two deaths, and must be with the process alone.
-        preparing: the process encodes what it is conditioned on, and so may die of it.
+        sent: the process has it.
+        preparing: the process encodes what it is conditioned on.
         started: the process has begun with its music.
         heard: audio of it has come out.
-        deaths: how often the process died while it may have died of it.
+        deaths: how often the process may have died of it.
     """
 
     def __init__(self, job: Job, audio: UnreadAudio | None, loop: asyncio.AbstractEventLoop) -> None:
@@ -47,11 +46,19 @@ class Ticket:
         self.audio = audio
         self.audio_bytes = 0 if audio is None else audio.size
         self.message: bytes | None = None
-        self.held = True
-        self.alone = self.preparing = self.started = self.heard = False
+        self.sent = self.preparing = self.started = self.heard = False
         self.deaths = 0
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    @property
+    def at_work(self) -> bool:
+        """The process computes something for it, and so may die of it."""
+        return self.preparing or self.started
+
+    def read_message(self) -> bytes | None:
+        """The job as it goes to the process; None: it is given up."""
+        return self.message
 
     def let_go(self) -> None:
         """Lets go of its audio: it is given up, and what still has its turn to come finds nothing."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import psutil
 import pytest
@@ -70,6 +71,10 @@ class Server:
 
     def url(self, model: str = "tiny", path: str = "") -> str:
         return f"{self.torchserve.url}/predictions/{model}{path}"
+
+    def queried(self, **fields: Any) -> str:
+        """The address of a clip of `tiny`, with its fields in the query."""
+        return f"{self.torchserve.url}/tiny/predict?{urlencode(fields)}"
 
     def post(self, model: str = "tiny", request_id: str | None = None, /, **fields: Any) -> requests.Response:
         headers = {} if request_id is None else {"x-request-id": request_id}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -129,3 +130,46 @@ def test_two_workers_share_the_load_and_a_cancel_finds_either(server: Server) ->
     finally:
         server.scale("narrow", 1)
     assert server.post("narrow", **SHORT).content == replies[0].content
+
+
+@pytest.mark.faults
+def test_sixteen_requests_in_flight_at_a_crash_are_retried_together(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bodies = [{"prompt": f"song {number}", "duration": 8, "seed": number} for number in range(16)]
+    started = time.monotonic()
+    alone = [server.post(**body).content for body in bodies]
+    one_by_one = time.monotonic() - started
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        replies = [pool.submit(server.post, **body) for body in bodies]
+        [worker] = server.workers()
+        eventually(lambda: server.measured("musicgen_running_requests").get(str(worker.pid), 0) >= 8)
+        killed = time.monotonic()
+        server.engine().kill()
+        assert [reply.result().content for reply in replies] == alone
+        together = time.monotonic() - killed
+    with capsys.disabled():
+        print(f"\n16 clips of 8 s: {one_by_one:.1f} s one by one, {together:.1f} s retried together after a crash")
+
+
+@pytest.mark.faults
+def test_of_sixteen_requests_the_two_that_crash_the_engine_fail_alone(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [{"prompt": "80s pop", "duration": 2, "seed": seed} for seed in range(14)]
+    alone = [server.post(**body).content for body in good]
+    bodies = [*good[:5], {**SHORT, "prompt": "die"}, *good[5:12], {**SHORT, "prompt": "die early"}, *good[12:]]
+    restarts = sum(server.measured("musicgen_engine_restarts_total", "fragile").values())
+    started = time.monotonic()
+    replies = server.post_together(*bodies, model="fragile")
+    seconds = time.monotonic() - started
+    poisoned = [replies.pop(13), replies.pop(5)]
+    assert [error_of(reply) for reply in poisoned] == [(500, "internal_error")] * 2
+    assert [reply.content for reply in replies] == alone
+
+    def crashes() -> float:
+        return sum(server.measured("musicgen_engine_restarts_total", "fragile").values()) - restarts
+
+    eventually(lambda: crashes() > 0)
+    with capsys.disabled():
+        print(f"\n16 requests of which 2 crash the engine: {seconds:.1f} s, {crashes():.0f} restarts")

@@ -14,8 +14,10 @@ import pytest
 import requests
 import soundfile
 
+from archive_scripts.properties import read_properties
 from handler import __version__
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import Server, eventually
+from tests.e2e.grpc_client import predict
 
 TIMEOUT = 120
 
@@ -66,6 +68,65 @@ def test_a_player_can_open_the_play_address(server: Server) -> None:
     response = requests.get(server.url(path="/1.0/play/80s%20pop%2Frock.flac"), timeout=TIMEOUT)
     assert response.headers["content-type"] == "audio/flac"
     assert len(samples_of(response)) == 8 * 32_000
+
+
+def test_an_address_is_the_same_bytes_each_time(server: Server) -> None:
+    play, query = server.url(path="/1.0/play/80s%20pop.flac"), server.queried(prompt="80s pop", duration=0.5)
+    for url in (play, query):
+        first, again = (requests.get(url, timeout=TIMEOUT) for _ in range(2))
+        assert first.status_code == 200, first.text
+        assert first.content == again.content
+        assert first.headers["x-seed"] == again.headers["x-seed"]
+        assert int(first.headers["x-seed"]) < 2**53
+    with_seed = requests.get(query, params={"seed": first.headers["x-seed"]}, timeout=TIMEOUT)
+    assert with_seed.content == first.content
+
+
+def test_a_query_is_a_whole_request_at_every_address_that_takes_one(server: Server) -> None:
+    fields = {"prompt": "été & 100% pop", "duration": "0.5", "seed": "7", "format": "flac", "stream": "false"}
+    expected = server.post(prompt="été & 100% pop", duration=0.5, seed=7, format="flac").content
+    root = server.torchserve.url
+    for path in ("/tiny/predict", "/tiny/1.0/predict", "/models/tiny/invoke", "/invocations?model_name=tiny"):
+        for method in ("GET", "POST"):
+            reply = requests.request(method, root + path, params=fields, timeout=TIMEOUT)
+            assert (reply.status_code, reply.content == expected) == (200, True), (method, path)
+        described = requests.get(root + path, timeout=TIMEOUT).json()
+        assert described["variant"] == "tiny", path
+    plus = f"{root}/tiny/predict?prompt=slow+blues&duration=0.5&seed=7"
+    assert requests.get(plus, timeout=TIMEOUT).content == server.post(prompt="slow blues", duration=0.5, seed=7).content
+    beside = requests.post(server.queried(seed=7), json={"prompt": "slow blues", "duration": 0.5}, timeout=TIMEOUT)
+    assert beside.content == requests.get(plus, timeout=TIMEOUT).content
+
+
+def test_a_query_streams(server: Server) -> None:
+    url = server.queried(prompt="80s pop", duration=4, seed=3, format="pcm", stream="true", normalization="none")
+    reply = requests.get(url, timeout=TIMEOUT, stream=True)
+    pieces = list(reply.iter_content(None))
+    assert reply.status_code == 200
+    assert len(pieces) >= 4
+    whole = server.post(prompt="80s pop", duration=4, seed=3, format="pcm", normalization="none")
+    assert b"".join(pieces) == whole.content
+
+
+def test_a_query_that_is_wrong_names_its_field_and_no_header_passes_for_a_path(server: Server) -> None:
+    for query, field in (
+        ({"prompts": "x"}, "prompts"),
+        ({"duration": "1e9"}, "duration"),
+        ({"stream": "maybe"}, "stream"),
+    ):
+        assert error_of(requests.get(server.queried(**query), timeout=TIMEOUT))["field"] == field
+    forged = {"url_path": "cancel", "x-request-id": "mine"}
+    reply = requests.get(server.queried(duration=0.2, seed=1), headers=forged, timeout=TIMEOUT)
+    assert reply.content == server.post(duration=0.2, seed=1).content
+    for name in ("url_path", "URL_PATH"):
+        assert requests.get(server.url(), headers={name: "v1/models"}, timeout=TIMEOUT).json()["variant"] == "tiny"
+
+
+def test_a_part_of_a_clip_is_answered_with_the_whole_and_the_reply_says_so(server: Server) -> None:
+    url = server.queried(duration=0.5, seed=7)
+    whole, part = (requests.get(url, headers=headers, timeout=TIMEOUT) for headers in ({}, {"range": "bytes=100-200"}))
+    assert (part.status_code, part.content) == (200, whole.content)
+    assert part.headers["accept-ranges"] == "none"
 
 
 @pytest.mark.parametrize(
@@ -219,3 +280,22 @@ def test_odd_header_bytes_do_no_harm(server: Server) -> None:
             + b"\xff\xfe\xe9\r\nX-Request-Id: \xff\r\ndescribe: true\r\nConnection: close\r\n\r\n"
         )
         assert connection.recv(12) == b"HTTP/1.1 200"
+
+
+def test_over_grpc_a_clip_comes_in_one_message_and_one_too_long_for_the_client_is_refused_unmade(
+    server: Server,
+) -> None:
+    port = int(read_properties(server.torchserve.folder / "config.properties")["grpc_inference_port"])
+    assert predict(port, "tiny", {"duration": "0.5", "seed": "1"}) == server.post(duration=0.5, seed=1).content
+
+    def made() -> float:
+        return sum(server.measured("musicgen_audio_seconds_total").values())
+
+    before = made()
+    for fields in ({"duration": "66"}, {"duration": "60", "format": "json"}, {"duration": "1", "stream": "true"}):
+        error = json.loads(predict(port, "tiny", fields))["error"]  # TorchServe loses the status
+        assert (error["code"], error["field"]) == (400, "stream" if "stream" in fields else "duration")
+    mp3 = predict(port, "tiny", {"duration": "2", "seed": "1", "format": "mp3"})
+    assert mp3 == server.post(duration=2, seed=1, format="mp3").content
+    eventually(lambda: made() >= before + 4)
+    assert made() < before + 10

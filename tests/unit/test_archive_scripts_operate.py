@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from archive_scripts import run_folder
 from archive_scripts.__main__ import main
 from archive_scripts.members import MANIFEST
+from handler.server_control import stop_workers
 from tests.unit.stand_in import StandIn, keys_of, stand_in
 
 Run = Callable[..., tuple[int, str, str]]
@@ -242,3 +244,66 @@ def test_of_several_servers_one_has_to_be_chosen(
 
 def test_the_folder_of_a_server_is_its_owner_s_alone(server: StandIn) -> None:
     assert server.folder.path.stat().st_mode & 0o077 == 0
+
+
+def test_status_shows_a_worker_that_could_not_load_its_model_as_failed_with_the_cause(
+    server: StandIn, run: Run
+) -> None:
+    failed = server.folder.path / "tmp" / "failed"
+    (failed / "small@1.0@12").write_text("state_dict.bin is cut off")
+    (failed / "small@1.0@9").write_text("of a worker that is gone")
+    (failed / "other@1.0@11").write_text("of another variant")
+    code, out, _ = run("status")
+    assert code == 0
+    assert out.splitlines()[2].split()[:6] == ["small", "1.0", "yes", "1", "of", "2"]
+    assert out.splitlines()[-1] == "small 1.0: 1 of 2 workers could not load the model: state_dict.bin is cut off"
+    [version] = json.loads(run("status", "--json")[1])["versions"]
+    assert version["failure"] == "state_dict.bin is cut off"
+    assert [(w["status"], w["failure"]) for w in version["workers"]] == [
+        ("READY", None),
+        ("FAILED", "state_dict.bin is cut off"),
+    ]
+
+
+def test_a_version_whose_last_worker_left_says_why(server: StandIn, run: Run) -> None:
+    server.versions["small", "1.0"] = []
+    (server.folder.path / "tmp" / "failed" / "small@1.0@9").write_text("the batch size is 8")
+    assert "its last worker could not load the model: the batch size is 8" in run("status")[1]
+
+
+def test_a_version_that_failed_does_not_become_the_default(server: StandIn, run: Run) -> None:
+    server.add("small", "2.0", 13)
+    (server.folder.path / "tmp" / "failed" / "small@2.0@13").write_text("no weights")
+    code, _, error = run("set-default", "small", "2.0")
+    assert (code, "has no worker that is ready" in error) == (2, True)
+
+
+def test_scaling_ends_with_the_cause_if_a_worker_cannot_load_the_model(server: StandIn, run: Run) -> None:
+    (server.folder.path / "tmp" / "failed" / "small@1.0@1000").write_text("memory is short")
+    code, _, error = run("scale", "small", "3")
+    assert (code, "TorchServe could not load its models: memory is short" in error) == (2, True)
+    assert server.calls == ["PUT /models/small/1.0", "PUT /models/small/1.0"]  # and back
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_worker_finds_the_server_that_started_it_and_has_it_stop_its_workers(
+    is_open: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(600)", "-f", "config.properties"]
+    with stand_in(is_open) as server, subprocess.Popen(command, cwd=server.folder.path) as torchserve:
+        monkeypatch.setattr("os.getppid", lambda: torchserve.pid)
+        try:
+            with pytest.raises(OSError, match="404"):
+                stop_workers("small", "1.0")
+            server.add("small", "1.0", 11, 12)
+            stop_workers("small", "1.0")
+        finally:
+            torchserve.kill()
+        assert server.versions["small", "1.0"] == []
+        assert server.calls[-1] == "PUT /models/small/1.0"
+
+
+def test_a_worker_whose_server_is_gone_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getppid", lambda: 2**22 + 1)
+    with pytest.raises(OSError, match="the process that started this worker cannot be read"):
+        stop_workers("small", "1.0")

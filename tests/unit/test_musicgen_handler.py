@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import os
 import time
 import weakref
 from collections.abc import AsyncIterator, Mapping
@@ -46,6 +47,7 @@ from handler.engine.messages import (
 )
 from handler.engine.ticket import UnreadAudio
 from handler.errors import RequestError
+from handler.load_failure import failures
 from handler.metrics import Metrics
 from handler.musicgen_handler import MusicGenHandler, whole_clip
 from handler.reply import Reply
@@ -112,7 +114,8 @@ def handler_with(*events: Event | BaseException, melody: str | None = None) -> t
 def handled(handler: MusicGenHandler, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Message:
     """The first message of the reply, with the whole reply's body."""
     raw: Any = FakeSocket()
-    context: Context = context_of(headers, LockedSocket(raw))
+    of_predictions = {"explain": "False"} if "url_path" in headers else {}
+    context: Context = context_of({**headers, **of_predictions}, LockedSocket(raw))
     assert asyncio.run(handler.handle([copy.deepcopy(dict(row))], context)) == [SENT]
     messages = messages_in(raw.data)
     messages[0].body = b"".join(message.body for message in messages)
@@ -460,6 +463,35 @@ def test_a_stream_over_grpc_is_refused_in_one_message() -> None:
     assert not engine.jobs
 
 
+@pytest.mark.parametrize(
+    ("fields", "fits"),
+    [
+        ({"duration": b"65"}, True),
+        ({"duration": b"66"}, False),
+        ({"duration": b"50", "format": b"json"}, False),
+        ({"duration": b"66", "format": b"flac"}, False),
+        ({"duration": b"120", "format": b"mp3"}, True),
+        ({"duration": b"120", "format": b"ogg"}, True),
+    ],
+)
+def test_a_clip_too_long_for_a_grpc_client_is_refused_before_it_is_made(fields: dict[str, bytes], fits: bool) -> None:
+    handler, engine = handler_with(*STREAM)
+    message = handled(handler, fields, {name: {"content-type": ""} for name in fields})
+    assert bool(engine.jobs) == fits
+    if not fits:
+        error = json.loads(message.body)["error"]
+        assert (message.status, error["field"]) == (400, "duration")
+        assert "gRPC clients accept 4 MiB; ask for mp3 or ogg" in error["message"]
+    assert handled(handler, {"body": {"duration": 120}}, JSON).status == 200
+
+
+def test_a_clip_says_that_no_part_of_it_can_be_asked_for() -> None:
+    handler, _ = handler_with(*STREAM)
+    for headers in (HTTP, {**HTTP, "range": "bytes=100-200"}):
+        message = handled(handler, {"prompt": b"pop", "body": b""}, headers)
+        assert (message.status, message.headers["accept-ranges"]) == (200, "none")
+
+
 def test_a_stream_that_fails_before_its_first_byte_is_an_error_with_its_status() -> None:
     handler, engine = handler_with(Started(), Failed(DeadlineExceededError("late")))
     message = handled(handler, {"body": {"stream": True}}, JSON)
@@ -471,19 +503,36 @@ def test_a_stream_that_fails_before_its_first_byte_is_an_error_with_its_status()
 def test_who_asks_a_model_that_cannot_be_loaded_is_told_the_cause(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    stopped: list[tuple[str, str]] = []
     monkeypatch.setattr("handler.musicgen_handler.lock_worker_socket", lambda: None)
+    monkeypatch.setattr("handler.musicgen_handler.stop_workers", lambda *version: stopped.append(version))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "failed").mkdir()
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     asked: list[tuple[dict[str, Any], dict[str, str]]] = [({"body": {}}, JSON), ({}, {"describe": "True"})]
-    for config, cause in (({"handler": {"x": 1}}, "`handler.x`"), (None, "state_dict.bin does not exist")):
-        context = Context("small", str(tmp_path), None, 1, None, "0.12.0", model_yaml_config=config)
+    good = {"asyncCommunication": True}
+    for config, batch_size, cause in (
+        ({**good, "handler": {"x": 1}}, 1, "`handler.x`"),
+        (good, 1, "state_dict.bin does not exist"),
+        (good, 8, "the batch size is 8"),
+        (good, 2, "register it with batch_size=1"),
+        (None, 1, "needs `asyncCommunication: true`"),
+        ({"asyncCommunication": False}, 1, "needs `asyncCommunication: true`"),
+        ({**good, "continuousBatching": True}, 1, "no `continuousBatching`"),
+    ):
+        manifest = {"model": {"modelVersion": "1.0"}}
+        context = Context("small", str(tmp_path), manifest, batch_size, None, "0.12.0", model_yaml_config=config)
         context.metrics = context_with(METRICS_YAML).metrics
         handler = MusicGenHandler()
+        stopped.clear()
         handler.initialize(context)
+        assert bool(stopped) == ("batch" in cause or "asyncC" in cause or "continuous" in cause)
+        assert cause in failures(tmp_path, "small", "1.0")[os.getpid()]
         for row, headers in asked:
             message = handled(handler, row, headers)
             error = json.loads(message.body)["error"]
             assert (error["code"], error["type"]) == (503, "unavailable")
             assert cause in error["message"]
-            assert "scale the model" in error["message"]
+            assert "scale the model" in error["message"] or stopped
             assert "Traceback" not in error["message"]

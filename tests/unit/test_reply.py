@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from handler.engine.messages import (
+    Card,
     DeadlineExceededError,
     EngineBusyError,
     EngineUnavailableError,
@@ -19,7 +20,7 @@ from handler.engine.messages import (
 )
 from handler.errors import ModelDivergedError, RequestError, UnknownRequestError
 from handler.question import ClipQuestion
-from handler.reply import clip_reply, error_reply, json_reply
+from handler.reply import clip_reply, error_reply, json_reply, most_bytes
 from handler.request import GenerationRequest, Limits
 from handler.request_parser import MediaTypeError, RequestParser, UnknownPathError
 
@@ -37,6 +38,18 @@ def request(**fields: Any) -> GenerationRequest:
 def clip(channels: int = 2, seconds: float = 1.0) -> Tensor:
     time = torch.arange(int(32_000 * seconds)) / 32_000
     return 0.3 * torch.sin(2 * torch.pi * 330 * time).repeat(channels, 1)
+
+
+@pytest.mark.parametrize("audio_format", PARSER.fields["format"]["enum"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_no_reply_is_longer_than_was_said_before_the_clip_was_made(audio_format: str, channels: int) -> None:
+    card = Card(32_000, channels, 50.0, 30.0, ("description",), "cpu", "float32", 8, None)
+    noise = torch.rand(channels, 32_000 * 10, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    asked = request(format=audio_format, duration=10)
+    most = most_bytes(asked, card)
+    assert len(clip_reply(asked, noise, 32_000, "small").body) <= most
+    if audio_format in ("wav", "pcm"):
+        assert most < 32_000 * 10 * channels * 2 + 10_000
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,91 @@ def test_a_missing_seed_is_drawn_anew_below_two_to_the_53() -> None:
     assert all(0 <= seed < 2**53 for seed in seeds)
 
 
+# ---- addresses: a path under /predictions, or a query
+
+
+def address(**fields: str) -> dict[str, Any]:
+    """As TorchServe passes on `GET /<variant>/predict?…`."""
+    return {**{name: bytearray(value.encode()) for name, value in fields.items()}, "body": bytearray()}
+
+
+def test_a_query_is_a_whole_request() -> None:
+    row = address(prompt="slow blues é", duration="20", seed="7", format="mp3", stream="true", top_k="10")
+    request = parse(row)
+    assert (request.prompt, request.duration, request.seed) == ("slow blues é", 20, 7)
+    assert (request.format, request.stream, request.top_k) == ("mp3", True, 10)
+    assert parse({**row, "model_name": bytearray(b"small")}) == request  # of /invocations
+
+
+def test_a_query_stands_beside_a_body() -> None:
+    json_type = {"content-type": "application/json"}
+    request = parse({"seed": b"7", "body": {"prompt": "x", "duration": 2}}, json_type)
+    assert (request.prompt, request.duration, request.seed) == ("x", 2, 7)
+    assert parse({"seed": b"7", "body": bytearray()}, json_type).seed == 7  # a GET of a client that always says JSON
+    assert parse({"seed": b"7", "body": "slow blues"}, {"content-type": "text/plain"}).prompt == "slow blues"
+    for body in ({"prompt": "y"}, {"text": "y"}):
+        error = refusal({"prompt": b"x", "body": body}, json_type)
+        assert (error.field, "more than once" in error.message) == ("prompt", True)
+
+
+def test_a_query_without_a_parameter_asks_for_the_description() -> None:
+    assert PARSER.parse(address(), {}) == DescriptionQuestion()
+    assert PARSER.parse({**address(), "model_name": b"small"}, {}) == DescriptionQuestion()
+
+
+@pytest.mark.parametrize(
+    ("row", "headers", "field"),
+    [
+        (address(prompts="x"), NO_VALUES, "prompts"),
+        (address(duration="long"), NO_VALUES, "duration"),
+        (address(duration="1000"), NO_VALUES, "duration"),
+        (address(stream="perhaps"), NO_VALUES, "stream"),
+        (address(prompt="x", text="y"), NO_VALUES, "prompt"),
+        ({"prompt": b"\xff", "body": b""}, NO_VALUES, "prompt"),
+        ({"model_name": b"small"}, {**FORM, "url_path": ""}, "model_name"),
+        ({"body": b"x", "prompt": b"y"}, FORM, "body"),
+    ],
+)
+def test_a_parameter_that_is_wrong_is_named(row: Mapping[str, Any], headers: Mapping[str, str], field: str) -> None:
+    assert refusal(row, headers).field == field
+
+
+def test_an_address_without_a_seed_has_one_of_its_own() -> None:
+    play = [parse({"body": b""}, {"url_path": f"play/slow blues.{kind}"}) for kind in ("mp3", "mp3", "flac")]
+    query = parse(address(prompt="slow blues", format="mp3", stream="true"))
+    assert len({request.seed for request in [*play, query]}) == 1  # the same music in every format
+    assert play[0] == play[1]
+    assert (
+        parse(address(text="slow blues", duration="20")).seed
+        == parse(address(duration="20.0", prompt="slow blues")).seed
+    )
+    others = [
+        address(prompt="slow blues", duration="20"),
+        address(prompt="fast blues"),
+        address(prompt="slow blues", top_k="9"),
+    ]
+    seeds = {play[0].seed, *(parse(row).seed for row in others)}
+    assert len(seeds) == 4
+    assert all(0 <= seed < 2**53 for seed in seeds)
+
+
+def test_the_seed_of_an_address_never_changes() -> None:
+    assert parse(address(prompt="slow blues")).seed == 5_680_969_176_925_718
+
+
+def test_what_has_a_body_draws_its_seed() -> None:
+    json_type = {"content-type": "application/json"}
+    rows: list[tuple[dict[str, Any], Mapping[str, str]]] = [
+        ({"body": {}}, json_type),
+        ({"prompt": b"x"}, FORM),
+        ({"prompt": b"x"}, NO_VALUES),  # over gRPC
+        ({"duration": b"2", "body": {"prompt": "x"}}, json_type),
+        ({"body": ""}, {"content-type": "text/plain"}),
+    ]
+    for row, headers in rows:
+        assert parse(row, headers).seed != parse(row, headers).seed
+
+
 def test_every_field_is_described_with_its_type() -> None:
     for name, schema in {**MELODY_PARSER.fields, **STYLE_PARSER.fields}.items():
         assert schema["description"], name

@@ -19,7 +19,7 @@ from handler import torchserve_compat
 from handler.errors import RequestError
 from handler.reply import Reply
 from handler.streaming import StreamedReply
-from handler.torchserve_compat import CHUNK_BYTES, SENT, Exchange, LockedSocket
+from handler.torchserve_compat import CHUNK_BYTES, MAX_GRPC_BYTES, SENT, Exchange, LockedSocket
 
 
 class FakeSocket:
@@ -133,9 +133,12 @@ def test_a_reply_over_grpc_is_one_message_that_ends_its_stream(status: int) -> N
     assert (message.body, message.headers["ts_stream_next"]) == (body, "false")
 
 
-def test_a_reply_too_long_for_one_message_over_grpc_is_an_error() -> None:
-    [message] = sent(Reply(200, "audio/wav", bytes(7_000_000)), {"prompt": b"x"}, {})
-    assert b"too long for one gRPC message" in message.body
+def test_a_reply_too_long_for_a_grpc_client_is_refused_and_over_http_none_is() -> None:
+    Exchange(ROW, context_of(HTTP)).require_room(2**30)
+    exchange = Exchange({"prompt": b"x"}, context_of({"prompt": {"content-type": ""}}))
+    exchange.require_room(MAX_GRPC_BYTES)
+    with pytest.raises(RequestError, match=r"duration: the reply would take up to 7\.0 MiB, .* accept 4 MiB; .* mp3"):
+        exchange.require_room(7 * 2**20)
 
 
 def streamed(
@@ -218,8 +221,24 @@ def test_a_client_cannot_pass_for_a_model_description(row: dict[str, Any], heade
 
 
 def test_headers_are_found_whatever_their_case_and_form_fields_are_not_headers() -> None:
-    exchange = Exchange(ROW, context_of({"URL_Path": "play/x.mp3", "seed": {"content-type": "text/plain"}}))
-    assert exchange.headers == {"url_path": "play/x.mp3"}
+    exchange = Exchange(ROW, context_of({"Accept": "audio/mpeg", "seed": {"content-type": "text/plain"}}))
+    assert exchange.headers == {"accept": "audio/mpeg"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "path"),
+    [
+        ({"explain": "False", "url_path": "play/x.mp3"}, "play/x.mp3"),
+        ({"explain": "False", "url_path": ""}, ""),
+        ({"URL_PATH": "cancel", "explain": "False", "url_path": ""}, ""),
+        ({"explain": "False", "url_path": "", "URL_PATH": "cancel"}, ""),
+        ({"host": "127.0.0.1", "url_path": "cancel"}, None),
+        ({"host": "127.0.0.1", "URL_PATH": "cancel"}, None),
+        ({"explain": {"content-type": ""}, "url_path": {"content-type": ""}}, None),
+    ],
+)
+def test_only_torchserve_s_own_path_counts(headers: dict[str, Any], path: str | None) -> None:
+    assert Exchange(ROW, context_of(headers)).headers.get("url_path") == path
 
 
 @pytest.mark.parametrize(
