@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from handler.clip_audio import audio_of
+from handler.decoder import Decoders
 from handler.engine.messages import Card, StyleCard
 from handler.errors import RequestError
 from handler.musicgen_handler import params_of
@@ -31,6 +32,7 @@ PARSERS = {
     "continuation": RequestParser(Limits(120.0, 600.0, 512, 100_000, 10.0, 50.0, 30.0)),
 }
 CARD = Card(32_000, 1, 50.0, 30.0, (), "cpu", "float32", 8, "style", StyleCard(32_000, 3.0, False, 6))
+DECODERS = Decoders()
 NAMES = [*GenerationRequest.model_fields, *ALIASES]
 FUZZ = settings(
     max_examples=600, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
@@ -112,7 +114,7 @@ our_paths = st.sampled_from(["v1/audio/speech", "v1/models", "cancel"])
 
 
 def clip_of(question: ClipQuestion) -> Clip:
-    clip, audio = Clip(question.request.prompt), audio_of(question.request, CARD)
+    clip, audio = Clip(question.request.prompt), audio_of(question.request, CARD, DECODERS)
     return clip if audio is None else audio.added_to(clip)
 
 

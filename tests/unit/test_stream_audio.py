@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from handler import audio
+from handler.decoder import Decoder
 from handler.stream_audio import StreamEncoder, StreamLevel
 from handler.stream_audio.level import _Loudness
 from handler.stream_audio.resampler import StreamResampler
@@ -102,7 +103,8 @@ def test_a_streamed_wav_opens_at_its_true_length_with_every_sample(channels: int
 
 def test_a_streamed_wav_can_be_sent_back_as_a_continuation() -> None:
     wav = music(0.5)
-    read = open_upload(file_of(every(wav, 5000), "wav"), "continuation", 10**6, 0.02, max_seconds=10).read()
+    upload = open_upload(file_of(every(wav, 5000), "wav"), "continuation", 10**6, 0.02, max_seconds=10)
+    read = upload.read(Decoder()).wav()
     assert read.shape == wav.shape
     assert torch.allclose(read, wav, atol=1e-4)
 
