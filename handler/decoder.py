@@ -32,8 +32,8 @@ _INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ")
 """The variables that the process gets: it must not hold what an environment may, keys and tokens among it."""
 
 _TICK = 0.1  # seconds between two looks whether the file is still wanted
-_CPU_SECONDS = 20.0  # for a file, and one more for each `_CPU_SHARE` seconds that it may last
-_CPU_SHARE = 20.0
+_CPU_SECONDS = 10.0  # for a file, and one more for each `_CPU_SHARE` seconds that it may last
+_CPU_SHARE = 40.0
 _WALL_FACTOR = 6.0  # a machine's cores have other work
 
 

@@ -49,19 +49,19 @@ CONTAINERS = {
 
 FORMATS = "wav, flac, mp3, ogg, opus, m4a, aac, webm, aiff, caf or au"
 
-CODECS = (
-    "aac alac amrnb amrwb flac mp1float mp2float mp3float opus vorbis pcm_alaw pcm_mulaw pcm_f32be pcm_f32le pcm_f64be "
-    "pcm_f64le pcm_s8 pcm_u8 pcm_s16be pcm_s16le pcm_s24be pcm_s24le pcm_s32be pcm_s32le adpcm_ima_qt adpcm_ima_wav "
-    "adpcm_ms"
+_CODECS = (
+    "aac alac amrnb amrwb libopencore_amrnb libopencore_amrwb flac mp1float mp2float mp3float opus vorbis pcm_alaw "
+    "pcm_mulaw pcm_f32be pcm_f32le pcm_f64be pcm_f64le pcm_s8 pcm_u8 pcm_s16be pcm_s16le pcm_s24be pcm_s24le pcm_s32be "
+    "pcm_s32le adpcm_ima_qt adpcm_ima_wav adpcm_ms"
 )
 
 _OPTIONS = {
     "protocol_whitelist": "",
     "format_whitelist": ",".join(CONTAINERS),
-    "codec_whitelist": ",".join(CODECS.split()),
+    "codec_whitelist": _CODECS.replace(" ", ","),
 }
 
-_MEMORY = 384 * 2**20  # bytes for the decoder, besides what the process and four copies of the file take
+_MEMORY = 256 * 2**20  # bytes for the decoder, besides what the process and four copies of the file take
 _BLOCK_SECONDS = 1.0
 _REPORT_SECONDS = 10.0  # of audio that is counted without being sent
 
@@ -132,10 +132,9 @@ class _Decoding:
         self.early, self.damage = self.damage, None
         self.whole: int | None = None  # samples (of an mp3 packets) that there are by what the file says itself
         context = self.stream.codec_context
-        if context is None:
-            raise RefusedError(
-                f"the audio in this {self.kind} file is of a kind that is not read, or its index is damaged"
-            )
+        if context is None or context.name not in _CODECS.split():  # PyAV opens it without regard to the options
+            codec = "of an unknown codec" if context is None else f"in the codec {context.name}, which is not read"
+            raise RefusedError(f"the audio in this {self.kind} file is {codec}; convert it to wav or flac first")
         context.thread_count = 1
         if context.name == "flac":
             context.options = {"err_detect": "crccheck+explode"}

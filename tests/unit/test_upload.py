@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from handler.decoder import Decoder
 from handler.errors import RequestError
 from handler.upload import Sound, Upload, open_upload
-from tests.audio_files import CASES, ID3V1, KINDS, LONGEST_DELAY, encode, id3_tag, noise, wav
+from tests.audio_files import CASES, ID3V1, KINDS, LONGEST_DELAY, Kind, encode, id3_tag, noise, wav
 
 pytestmark = pytest.mark.faults
 
@@ -132,6 +132,28 @@ def test_whole_numbers_become_what_full_scale_divides_them_to(
 def test_floating_point_keeps_its_samples(name: str) -> None:
     samples = noise(5_000, 2)
     assert np.array_equal(read(encode(KINDS[name], samples, 44_100)).wav().numpy(), samples)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mov", "webm", "matroska"])
+def test_of_a_video_the_sound_is_taken(container: str) -> None:
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as file:
+        video: Any = file.add_stream("libvpx" if container == "webm" else "libx264", rate=30)
+        video.width = video.height = 64
+        sound: Any = file.add_stream("libopus" if container == "webm" else "aac", rate=48_000, layout="stereo")
+        for number in range(60):
+            picture = av.VideoFrame(64, 64, "yuv420p")
+            picture.pts = number
+            file.mux(video.encode(picture))
+        frame = av.AudioFrame.from_ndarray(noise(96_000, 2), format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts = 48_000, 0
+        size = sound.codec_context.frame_size or 960
+        for piece in av.AudioResampler(sound.format, sound.layout, 48_000, frame_size=size).resample(frame):
+            file.mux(sound.encode(piece))
+        for stream in (video, sound):
+            file.mux(stream.encode(None))
+    assert abs(read(out.getvalue()).length - 96_000) < LONGEST_DELAY
+    assert re.search("truncated", refusal(out.getvalue()[: len(out.getvalue()) * 2 // 3]))
 
 
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000, 0xFFFFFFFF - 36])
@@ -305,6 +327,11 @@ def test_a_file_that_cannot_be_taken_is_refused(data: bytes, complaint: str) -> 
     assert re.search(complaint, refusal(data))
 
 
+def test_a_codec_that_is_not_listed_is_not_decoded() -> None:
+    data = encode(Kind("wav", "adpcm_yamaha", channels=(1,)), noise(24_000, 1), 8_000)
+    assert "in the codec adpcm_yamaha, which is not read" in refusal(data)
+
+
 @pytest.mark.parametrize(
     ("level", "complaint"),
     [
@@ -368,7 +395,7 @@ def test_a_file_that_is_cut_is_refused_or_whole_up_to_there(name: str) -> None:
             taken += 1
             assert sound.length < 48_000
             continue
-        assert re.search("truncated|at least|no samples|no audio|kind that is not read", complaint)
+        assert re.search("truncated|at least|no samples|no audio|unknown codec", complaint)
     assert taken <= 1
 
 
