@@ -82,8 +82,12 @@ class Decoding:
             if kind == b"e":
                 [self.length] = _COUNT.unpack(payload)
                 return
-            samples = np.frombuffer(payload, np.float32, offset=_COUNT.size).reshape(-1, self.channels)
-            yield Block(samples, _COUNT.unpack_from(payload)[0])
+            try:
+                samples = np.frombuffer(payload, np.float32, offset=_COUNT.size).reshape(-1, self.channels)
+                block = Block(samples, _COUNT.unpack_from(payload)[0])
+            except (ValueError, struct.error) as error:
+                raise self._decoder.broken() from error
+            yield block
 
 
 class Decoder:
@@ -133,12 +137,20 @@ class Decoder:
             except DecoderLostError:  # while it was idle, or for want of memory
                 if attempt:
                     raise
-        found = json.loads(payload)
-        return Decoding(self, int(found["rate"]), int(found["channels"]))
+        try:
+            found = json.loads(payload)
+            return Decoding(self, int(found["rate"]), int(found["channels"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise self.broken() from error
 
     def next_message(self) -> tuple[bytes, bytes]:
         """The next message about the file; as `open` raises."""
         return self._ask(b"{}\n")
+
+    def broken(self) -> FileRefusedError:
+        """End a process that a file has made say what cannot be; the error for that."""
+        self.close()
+        return FileRefusedError("the decoder died of it, so it is damaged; convert it to wav or flac first")
 
     def close(self) -> None:
         """End the process."""
@@ -231,14 +243,14 @@ class Decoder:
             code = self._process.wait(1.0)
         except subprocess.TimeoutExpired:
             code = 0  # it only closed its pipes
-        self.close()
+        broken = self.broken()
         if code == -signal.SIGXCPU:
             return FileRefusedError("it takes too long to decode; convert it to wav or flac first")
         if code in (-signal.SIGKILL, -signal.SIGTERM) or code > 0:
             logger.error("a decoder of uploads ended (%d)", code)
             return DecoderLostError(f"the decoder's process ended ({code})")
         logger.warning("a decoder of uploads died of a file (%d)", code)
-        return FileRefusedError("the decoder died of it, so it is damaged; convert it to wav or flac first")
+        return broken
 
 
 class Decoders:

@@ -283,18 +283,20 @@ class _Decoding:
             RefusedError: it is not.
         """
         self._note_logs()
-        found = self.packets if self.kind == "mp3" else self.count
+        mp3 = self.kind == "mp3"
+        found = self.packets if mp3 else self.count
         if self.damage is None and self.early is not None:
             self._lost(self.early[-1])
         if self.damage is not None:
             samples, packets, _ = self.damage
-            found = packets if self.kind == "mp3" else samples
-            if self.whole is None or found < self.whole:
+            found = packets if mp3 else samples
+            # An mp3 with more frames than its header tells of was joined, and nothing tells of the second part's.
+            if self.whole is None or found < self.whole or (mp3 and found > self.whole + 1):
                 raise RefusedError(self._complaint())
         seconds = f"{self.count / self.rate:.4g} seconds"
         # Some writers count an mp3's header as a frame.
-        if self.whole is not None and found < self.whole - (self.kind == "mp3"):
-            told = self.whole / self.rate * (self.stream.codec_context.frame_size if self.kind == "mp3" else 1)
+        if self.whole is not None and found < self.whole - mp3:
+            told = self.whole / self.rate * (self.stream.codec_context.frame_size if mp3 else 1)
             raise RefusedError(f"the file is truncated: its header tells of {told:.4g} seconds, {seconds} are there")
         cut = {"wav": wav_is_cut, "ogg": ogg_is_cut, "mp3": self._mp3_is_cut}.get(self.kind)
         reason = cut(self.data) if cut is not None else None
@@ -302,9 +304,9 @@ class _Decoding:
             raise RefusedError(f"the file is truncated: {reason}; {seconds} of it can be read")
 
     def _mp3_is_cut(self, data: bytes) -> str | None:
-        more = self.whole is not None and self.packets > self.whole
+        whole = self.whole is not None and self.packets == self.whole + 1
         cut = mp3_frame_size(self.last_packet) > len(self.last_packet)
-        return "it ends within a frame" if cut and not more else None
+        return "it ends within a frame" if cut and not whole else None
 
     def _complaint(self) -> str:
         assert self.damage is not None

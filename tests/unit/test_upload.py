@@ -188,6 +188,13 @@ def test_joined_files_are_read_to_the_end_of_the_last(name: str, between: bytes)
     assert abs(joined.length - 2 * one) < LONGEST_DELAY
 
 
+@pytest.mark.parametrize("name", ["mp3 with Info", "mp3 without", "aac"])
+def test_joined_files_that_are_cut_in_the_last_are_refused(name: str) -> None:
+    joined = SECOND[name] * 2
+    for cut in (len(joined) * 3 // 4 + 1, len(joined) * 5 // 6 + 7, len(joined) - 100):
+        assert re.search("truncated", refusal(joined[:cut]))
+
+
 @pytest.mark.parametrize("name", ["opus", "vorbis", "flac in ogg"])
 def test_a_chained_ogg_is_read_to_the_end_of_the_last(name: str) -> None:
     one = read(SECOND[name]).length
