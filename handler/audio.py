@@ -49,23 +49,91 @@ def convert_audio(wav: Tensor, from_rate: int, to_rate: int, to_channels: int) -
     Raises:
         ValueError: as `convert_channels`.
     """
-    length, block = wav.shape[-1], BLOCK_SECONDS * from_rate
-    if from_rate == to_rate or length <= 2 * block:
-        return convert_channels(julius.resample_frac(wav, from_rate, to_rate), to_channels)
-    resample = julius.ResampleFrac(from_rate, to_rate).to(wav)
-    divisor = math.gcd(from_rate, to_rate)
-    old, new = from_rate // divisor, to_rate // divisor  # so many samples become so many
-    margin = old * math.ceil(resample.get_buffer("kernel").shape[-1] / old)
-    # julius rounds a length in float32
-    samples = min(int(torch.tensor(new * length / old)), -(-new * length // old))
-    converted = wav.new_empty(*wav.shape[:-2], to_channels, samples)
-    for first in range(0, length, block):
-        start = max(0, first - margin)
-        piece = convert_channels(resample(wav[..., start : first + block + margin], full=True), to_channels)
-        place = converted[..., first * new // old : (first + block) * new // old]
-        skipped = (first - start) * new // old
-        place.copy_(piece[..., skipped : skipped + place.shape[-1]])
-    return converted
+    converter = AudioConverter(from_rate, to_rate, to_channels)
+    converter.add(wav)
+    converter.finish()
+    return converter.part()
+
+
+class AudioConverter:
+    """`convert_audio` for audio that comes piece by piece: `add` each, `finish`, then take a `part`.
+
+    Attributes:
+        length: samples of each channel converted so far; of all, once it is finished.
+    """
+
+    def __init__(self, from_rate: int, to_rate: int, to_channels: int) -> None:
+        self.length = 0
+        self._rates = from_rate, to_rate
+        self._channels = to_channels
+        self._block = BLOCK_SECONDS * from_rate
+        divisor = math.gcd(from_rate, to_rate)
+        self._old, self._new = from_rate // divisor, to_rate // divisor  # so many samples become so many
+        self._pending: list[Tensor] = []  # from the margin of the next block on
+        self._pending_from = self._first = self._given = self._margin = 0
+        self._resample: julius.ResampleFrac | None = None
+        self._converted: list[Tensor] = []
+
+    def add(self, wav: Tensor) -> None:
+        """Take the next `[*, C, T]`.
+
+        Raises:
+            ValueError: as `convert_channels`.
+        """
+        self._given += wav.shape[-1]
+        if self._old == self._new:
+            self._keep(convert_channels(wav, self._channels))
+            return
+        self._pending.append(wav)
+        if self._given > 2 * self._block:
+            self._prepare(wav)
+            while self._first + self._block + self._margin <= self._given:
+                self._convert_block((self._first + self._block) * self._new // self._old)
+
+    def finish(self) -> None:
+        """Convert what is left."""
+        if self._old == self._new or not self._pending:
+            return
+        if self._given <= 2 * self._block:
+            wav = torch.cat(self._pending, dim=-1)
+            self._keep(convert_channels(julius.resample_frac(wav, *self._rates), self._channels))
+        else:
+            # julius rounds a length in float32
+            told = int(torch.tensor(self._new * self._given / self._old))
+            samples = min(told, -(-self._new * self._given // self._old))
+            while self._first < self._given:
+                self._convert_block(min(samples, (self._first + self._block) * self._new // self._old))
+        self._pending = []
+
+    def part(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Some of the converted audio, `[*, to_channels, last - first]`; at first all of it."""
+        last, place, pieces = self.length if last is None else last, 0, []
+        for piece in self._converted:
+            pieces.append(piece[..., max(0, first - place) : max(0, last - place)])
+            place += piece.shape[-1]
+        return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
+
+    def _prepare(self, wav: Tensor) -> None:
+        if self._resample is None:
+            self._resample = julius.ResampleFrac(*self._rates).to(wav)
+            self._margin = self._old * math.ceil(self._resample.get_buffer("kernel").shape[-1] / self._old)
+
+    def _convert_block(self, last: int) -> None:
+        """Convert the next block, up to a sample of the result."""
+        assert self._resample is not None
+        wav = torch.cat(self._pending, dim=-1) if len(self._pending) > 1 else self._pending[0]
+        start, end = max(0, self._first - self._margin), self._first + self._block + self._margin
+        piece = wav[..., start - self._pending_from : end - self._pending_from]
+        piece = convert_channels(self._resample(piece, full=True), self._channels)
+        skipped = (self._first - start) * self._new // self._old
+        self._keep(piece[..., skipped : skipped + last - self.length].clone())  # it is a part of more
+        self._first += self._block
+        self._pending = [wav[..., max(0, self._first - self._margin) - self._pending_from :]]
+        self._pending_from = max(0, self._first - self._margin)
+
+    def _keep(self, converted: Tensor) -> None:
+        self._converted.append(converted)
+        self.length += converted.shape[-1]
 
 
 def normalize(wav: Tensor, sample_rate: int, strategy: str) -> Tensor:

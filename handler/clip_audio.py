@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from handler.audio import convert_audio
-from handler.conditioners.excerpt import excerpt_of
+from handler.conditioners.excerpt import excerpt_place
+from handler.decoder import Decoder, Decoders
 from handler.engine.messages import Card, StyleCard
 from handler.params import Clip
 from handler.request import GenerationRequest
-from handler.upload import Upload
+from handler.upload import Sound, Upload
 
 _BYTES_OF_SAMPLE = 4
 
@@ -22,53 +23,70 @@ class ClipAudio:
     """What a clip is made from besides its text, still in the files that were uploaded.
 
     Read, it has the model's rate and channels, and is no longer than what the music can depend on: so what a request
-    takes while it waits is known before anything is decoded.
+    takes at most while it waits is known before anything is decoded.
 
     Args:
         request: has audio.
         card: of the model.
+        decoders: that read the files.
     """
 
     request: GenerationRequest
     card: Card
+    decoders: Decoders
 
     @property
     def size(self) -> int:
-        """Bytes of the files, and of what is kept of them."""
+        """Bytes of the files, and the most that is kept of them."""
         uploads = [self.request.melody, self.request.style, self.request.continuation]
         files = sum(len(upload.data) for upload in uploads if upload is not None)
         seconds = self._seconds_of_melody() + self._seconds_of_continuation()
         return files + round(seconds * self.card.sample_rate) * self.card.channels * _BYTES_OF_SAMPLE
 
     @torch.inference_mode()
-    def added_to(self, clip: Clip) -> Clip:
-        """Decodes it, and gives the clip with it.
+    def added_to(self, clip: Clip, wanted: Callable[[], bool] = lambda: True) -> Clip:
+        """Decode it; the clip with it.
+
+        Args:
+            wanted: asked every moment; once it is false, nothing more is decoded.
 
         Raises:
-            RequestError: for a file that turns out damaged, or holds samples that are no audio.
+            RequestError: for a file that cannot be read, is damaged, too short or too long, or is no audio.
+            DecoderLostError, DecodingAbandonedError: as `Decoder.open`.
         """
         request, rate = self.request, self.card.sample_rate
-        if request.melody is not None:
-            clip = replace(clip, melody=self._read(request.melody, end=self._audible), melody_sample_rate=rate)
-        if request.style is not None:
-            clip = replace(clip, melody=self._style(request.style), melody_sample_rate=rate)
-        if request.continuation is not None:
-            wav = self._read(request.continuation, request.continuation_start, request.continuation_end)
-            clip = replace(clip, continuation=wav, continuation_sample_rate=rate)
+        with self.decoders.one() as decoder:
+            read = _Reader(decoder, rate, self.card.channels, wanted)
+            if request.melody is not None:
+                wav = read(request.melody, end=self._audible).wav()
+                clip = replace(clip, melody=wav, melody_sample_rate=rate)
+            if request.style is not None:
+                clip = replace(clip, melody=self._style(request.style, read), melody_sample_rate=rate)
+            if request.continuation is not None:
+                wav = self._continuation(request.continuation, read)
+                clip = replace(clip, continuation=wav, continuation_sample_rate=rate)
         return clip
 
-    def _style(self, upload: Upload) -> Tensor:
+    def _style(self, upload: Upload, read: _Reader) -> Tensor:
         card = self._looked_at
         if card is None:
-            return self._read(upload, end=self._audible if self._extended else None)
-        wav = self._read(upload)
-        excerpt = excerpt_of(wav, self._excerpt_samples(card), card.use_middle, self.request.seed)
-        return wav if excerpt is None else excerpt.clone()  # one that does not fit is the model's to refuse
+            return read(upload, end=self._audible if self._extended else None).wav()
+        sound, samples = read(upload), self._excerpt_samples(card)
+        start = excerpt_place(sound.length, samples, card.use_middle, self.request.seed)
+        return sound.wav() if start is None else sound.wav(start, start + samples)  # too short is the model's to refuse
 
-    def _read(self, upload: Upload, start: float | None = None, end: float | None = None) -> Tensor:
-        """float32 `[channels, T]` at the model's rate."""
-        wav = convert_audio(upload.read(start, end), upload.sample_rate, self.card.sample_rate, self.card.channels)
-        return wav.clone(memory_format=torch.contiguous_format)  # a view would keep all that it is of
+    def _continuation(self, upload: Upload, read: _Reader) -> Tensor:
+        request, card = self.request, self.card
+        start, end = request.continuation_start, request.continuation_end
+
+        def check(seconds: float) -> None:
+            if end is None:
+                request.check_excerpt((start or 0.0) + seconds, card.frame_rate, card.window, at_least=True)
+
+        sound = read(upload, start, end, check)
+        request.check_length(sound.seconds)
+        request.check_excerpt(sound.seconds if end is None else end, card.frame_rate, card.window)
+        return sound.wav()
 
     @property
     def _audible(self) -> float:
@@ -95,21 +113,41 @@ class ClipAudio:
 
     def _seconds_of_melody(self) -> float:
         if self.request.melody is not None:
-            return min(self.request.melody.seconds, self._audible)
+            return min(self.request.melody.max_seconds, self._audible)
         if self.request.style is None:
             return 0.0
         if self._looked_at is not None:
             return self._excerpt_samples(self._looked_at) / self.card.sample_rate
-        return min(self.request.style.seconds, self._audible) if self._extended else self.request.style.seconds
+        longest = self.request.style.max_seconds
+        return min(longest, self._audible) if self._extended else longest
 
     def _seconds_of_continuation(self) -> float:
-        audio, end = self.request.continuation, self.request.continuation_end
-        if audio is None:
+        end = self.request.continuation_end
+        if self.request.continuation is None:
             return 0.0
-        return (audio.seconds if end is None else end) - (self.request.continuation_start or 0.0)
+        return self.card.window if end is None else end - (self.request.continuation_start or 0.0)
 
 
-def audio_of(request: GenerationRequest, card: Card) -> ClipAudio | None:
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads files with one decoder, to one sample rate and number of channels."""
+
+    decoder: Decoder
+    sample_rate: int
+    channels: int
+    wanted: Callable[[], bool]
+
+    def __call__(
+        self,
+        upload: Upload,
+        start: float | None = None,
+        end: float | None = None,
+        check: Callable[[float], None] = lambda seconds: None,
+    ) -> Sound:
+        return upload.read(self.decoder, self.sample_rate, self.channels, start, end, self.wanted, check)
+
+
+def audio_of(request: GenerationRequest, card: Card, decoders: Decoders) -> ClipAudio | None:
     """The audio a request brings, or None."""
     brings = (request.melody, request.style, request.continuation)
-    return ClipAudio(request, card) if any(upload is not None for upload in brings) else None
+    return ClipAudio(request, card, decoders) if any(upload is not None for upload in brings) else None

@@ -22,6 +22,7 @@ from ts.context import Context
 from handler import __version__
 from handler.cancel import CancelBoard
 from handler.clip_audio import ClipAudio, audio_of
+from handler.decoder import Decoders
 from handler.drain import Drain
 from handler.engine.engine import Engine
 from handler.engine.messages import Audio, EngineUnavailableError, Event, Failed, Job, Restarted
@@ -122,6 +123,7 @@ class MusicGenHandler:
         self.engine = Engine(spec, settings.max_queue, settings.audio_budget)
         self.engine.start()
         version = context.manifest["model"]["modelVersion"]
+        self.decoders = Decoders()
         self.board = CancelBoard(f"{self.variant}/{version}", self.engine.cancel)
         self.drain = Drain(Path(tempfile.gettempdir()), self.variant, version)
         self.loaded = int(time.time())
@@ -188,8 +190,9 @@ class MusicGenHandler:
                     raise EngineUnavailableError(DRAINING)
                 if request.streams:
                     exchange.require_streams()
-                exchange.require_room(most_bytes(request, self.engine.describe()))
-                audio = audio_of(request, self.engine.describe())
+                card = self.engine.describe()
+                exchange.require_room(most_bytes(request, card))
+                audio = audio_of(request, card, self.decoders)
                 question = replace(question, request=request.without_audio())
                 clip, deadline = Clip(request.prompt or None), arrived + request.timeout
                 job = Job(exchange.request_id, clip, params_of(request), request.streams, deadline)

@@ -121,11 +121,12 @@ class GenerationRequest(BaseModel):
     duration: float = DEFAULT_DURATION
     """Seconds of the whole reply, a continued excerpt included."""
     melody: AudioField = None
-    """Audio (wav, flac, mp3, ogg) whose melody to follow, from its beginning on."""
+    """An audio file (wav, flac, mp3, ogg, m4a, …) whose melody to follow, from its beginning on."""
     style: AudioField = None
-    """Audio (wav, flac, mp3, ogg) whose style to take, from an excerpt of it."""
+    """An audio file (wav, flac, mp3, ogg, m4a, …) whose style to take, from an excerpt of it."""
     continuation: AudioField = None
-    """Audio (wav, flac, mp3, ogg) to continue; what is continued is shorter than the model's window and `duration`."""
+    """An audio file (wav, flac, mp3, ogg, m4a, …) to continue; what is continued is shorter than the model's
+    window and `duration`."""
     continuation_start: float | None = Field(default=None, ge=0)
     """Where the excerpt to continue begins in that audio, in seconds; null: at its beginning."""
     continuation_end: Annotated[float | None, BeforeValidator(_end_of_audio)] = Field(default=None, gt=0)
@@ -246,38 +247,55 @@ class GenerationRequest(BaseModel):
     @model_validator(mode="after")
     def _check_excerpt(self, info: ValidationInfo) -> Self:
         limits = cast(Limits, info.context)
-        frame_rate = limits.frame_rate
-        audio, start, end = self.continuation, self.continuation_start, self.continuation_end
-        if audio is None:
+        if self.continuation is None:
             for field in ("continuation_start", "continuation_end"):
                 if getattr(self, field):  # a start of 0 is the default of some clients
                     raise RequestError(field, "needs the audio it is about, in `continuation`")
-            return self
-        for field, time in (("continuation_start", start), ("continuation_end", end)):
-            if time is not None and time > audio.seconds:
-                raise RequestError(field, f"must be at most {audio.seconds:.6g}, the audio's length, not {time:g}")
-        start, end = start or 0.0, audio.seconds if end is None else end
-        if end - start < 1 / frame_rate:
+        elif self.continuation_end is not None:
+            self.check_excerpt(self.continuation_end, limits.frame_rate, limits.window)
+        return self
+
+    def check_length(self, seconds: float) -> None:
+        """See that the excerpt to continue lies within its audio, which lasts so long.
+
+        Raises:
+            RequestError: it does not.
+        """
+        for field in ("continuation_start", "continuation_end"):
+            time = getattr(self, field)
+            if time is not None and time > seconds:
+                raise RequestError(field, f"must be at most {seconds:.6g}, the audio's length, not {time:g}")
+
+    def check_excerpt(self, end: float, frame_rate: float, window: float, at_least: bool = False) -> None:
+        """See that the model can continue the excerpt that ends there, in seconds.
+
+        Args:
+            at_least: whether it may be longer than that: only what makes it too long is looked for.
+
+        Raises:
+            RequestError: it is too short, or too long.
+        """
+        start, more = self.continuation_start or 0.0, " or more" if at_least else ""
+        if end - start < 1 / frame_rate and not at_least:
             given = [f for f in ("continuation_end", "continuation_start") if getattr(self, f) is not None]
             raise RequestError(
                 given[0] if given else "continuation",
                 f"the excerpt to continue must last at least {1 / frame_rate:.4g} seconds, not {end - start:.4g}",
             )
         frames = math.ceil(round((end - start) * frame_rate, 6))  # as the model counts them
-        if frames >= int(limits.window * frame_rate):
+        if frames >= int(window * frame_rate):
             raise RequestError(
                 "continuation",
                 f"the excerpt to continue must be at least a frame ({1 / frame_rate:.4g} s) shorter than the model's "
-                f"window of {limits.window:g} seconds, not {end - start:.6g}; choose a part of it with "
+                f"window of {window:g} seconds, not {end - start:.6g}{more}; choose a part of it with "
                 "`continuation_start` and `continuation_end`",
             )
         if frames >= int(self.duration * frame_rate):
             raise RequestError(
                 "duration",
-                f"counts the excerpt to continue, {end - start:.6g} seconds, and must be at least a frame "
-                f"({1 / frame_rate:.4g} s) longer than it; it is {self.duration:g}",
+                f"counts the excerpt to continue, {end - start:.6g} seconds{more}, and must be "
+                f"at least a frame ({1 / frame_rate:.4g} s) longer than it; it is {self.duration:g}",
             )
-        return self
 
 
 def shown(value: Any) -> str:

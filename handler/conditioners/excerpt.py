@@ -11,11 +11,16 @@ def excerpt_of(wav: Tensor, samples: int, use_middle: bool, seed: int) -> Tensor
 
     None: the waveform is shorter than that. Of an excerpt itself it is the whole.
     """
-    latest = wav.shape[-1] - samples
+    start = excerpt_place(wav.shape[-1], samples, use_middle, seed)
+    return None if start is None else wav[..., start : start + samples]
+
+
+def excerpt_place(length: int, samples: int, use_middle: bool, seed: int) -> int | None:
+    """Where the excerpt of a waveform of so many samples begins; None: the waveform is shorter than it."""
+    latest = length - samples
     if latest < 0:
         return None
-    start = latest // 2 if use_middle else excerpt_start(seed, latest)
-    return wav[..., start : start + samples]
+    return latest // 2 if use_middle else excerpt_start(seed, latest)
 
 
 def excerpt_start(seed: int, latest: int) -> int:

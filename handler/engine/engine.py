@@ -54,7 +54,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries to load th
 _GRACE = 5.0  # seconds the process has to leave by itself when the engine is closed
 
 READERS = 2
-"""Threads that read the audio of jobs: each holds one upload decoded, besides the audio of all jobs."""
+"""Threads that read the audio of jobs."""
 
 
 class Engine:
@@ -207,9 +207,9 @@ class Engine:
         if audio is None:
             return  # the job was given up
         try:
-            self._complete(key, ticket, audio.added_to(ticket.job.clip))
+            self._complete(key, ticket, audio.added_to(ticket.job.clip, lambda: not ticket.given_up))
         except Exception as error:
-            if not isinstance(error, RequestError):
+            if not isinstance(error, RequestError) and not ticket.given_up:
                 logger.error("the audio of request %s could not be read", ticket.job.id, exc_info=error)
             # The frames it has come through hold what was decoded.
             error.__cause__ = error.__context__ = None
@@ -221,6 +221,7 @@ class Engine:
         with self._lock:
             if key in self._tickets:
                 ticket.message = message
+                ticket.audio_bytes = min(ticket.audio_bytes, len(message))  # until now, the most it could become
                 self._submit()
 
     def _submit(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from handler.engine.messages import DeadlineExceededError, Event, Failed, Job
@@ -19,8 +20,8 @@ class UnreadAudio(Protocol):
     def size(self) -> int:
         """Bytes it takes while it waits to be read, and those it takes then."""
 
-    def added_to(self, clip: Clip) -> Clip:
-        """Reads it; the clip with it.
+    def added_to(self, clip: Clip, wanted: Callable[[], bool]) -> Clip:
+        """Reads it as long as it is wanted; the clip with it.
 
         Raises:
             RequestError: it turns out to be no audio.
@@ -39,6 +40,7 @@ class Ticket:
         started: the process has begun with its music.
         heard: audio of it has come out.
         deaths: how often the process may have died of it.
+        given_up: no client waits for it any more.
     """
 
     def __init__(self, job: Job, audio: UnreadAudio | None, loop: asyncio.AbstractEventLoop) -> None:
@@ -48,6 +50,7 @@ class Ticket:
         self.message: bytes | None = None
         self.sent = self.preparing = self.started = self.heard = False
         self.deaths = 0
+        self.given_up = False
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -63,6 +66,7 @@ class Ticket:
     def let_go(self) -> None:
         """Lets go of its audio: it is given up, and what still has its turn to come finds nothing."""
         self.audio = self.message = None
+        self.given_up = True
 
     def post(self, event: Event) -> None:
         # A closed loop raises; it has nobody left to tell.

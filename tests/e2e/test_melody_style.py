@@ -16,6 +16,7 @@ import requests
 import soundfile
 
 from archive_scripts.pack import pack
+from tests.audio_files import CASES
 from tests.e2e.conftest import GOLDENS, Server, run_server
 from tests.e2e.mixture import mixture
 from tests.e2e.test_requests import error_of, samples_of
@@ -95,6 +96,25 @@ def test_audio_of_any_format_rate_and_channels_is_followed(
 ) -> None:
     file = song(3.5, 1, sample_rate, channels, (container, subtype))
     assert len(samples_of(upload(wav_server, model, {**SHORT, "duration": 0.2}, **{field: file}))) == 6_400
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(CASES.iterdir())])
+def test_files_of_phones_browsers_and_streaming_writers_are_followed(wav_server: Server, name: str) -> None:
+    reply = upload(wav_server, "melody", {**SHORT, "duration": 0.2}, melody=(CASES / name).read_bytes())
+    assert len(samples_of(reply)) == 6_400
+
+
+@pytest.mark.faults
+def test_a_decoder_that_is_killed_costs_at_most_its_request(wav_server: Server) -> None:
+    [status] = requests.get(f"{wav_server.management}/models/melody", timeout=TIMEOUT).json()
+    worker = psutil.Process(status["workers"][0]["pid"])
+    expected = upload(wav_server, "melody", SHORT, melody=song(4)).content
+    decoders = [each for each in worker.children() if "handler.decoder_process" in each.cmdline()]
+    assert decoders
+    for decoder in decoders:
+        decoder.kill()
+    assert upload(wav_server, "melody", SHORT, melody=song(4)).content == expected
+    assert worker.is_running()
 
 
 def test_silence_is_a_melody_and_a_style(wav_server: Server) -> None:
@@ -259,7 +279,10 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "flac-of-eight-channels": lambda: repeated(0, 60, 192_000, "FLAC", "PCM_16", 8),
     "flac-that-claims-2-to-the-36": lambda: claiming(2**36 - 1),
     "flac-that-claims-twenty-seconds": lambda: claiming(32_000 * 20),
-    "flac-that-claims-nothing": lambda: claiming(0),
+    "link": lambda: b"https://example.org/song.mp3",
+    "mp3-cut-in-the-middle": lambda: (CASES / "cbr_without_info.mp3").read_bytes()[:20_000],
+    "m4a-without-its-index": lambda: (CASES / "phone_aac.m4a").read_bytes()[:30_000],
+    "playlist": lambda: b"#EXTM3U\n#EXTINF:9,\nfile:///etc/passwd\n\xe9",
     "ogg-of-twenty-minutes": lambda: repeated(0, 1_200, 8_000, "OGG", "VORBIS"),
     "mp3-of-twenty-minutes": lambda: repeated(0, 1_200, 8_000, "MP3", "MPEG_LAYER_III"),
     "mp3-with-garbage": with_garbage,

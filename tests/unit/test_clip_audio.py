@@ -15,6 +15,7 @@ import torch
 from handler.audio import convert_audio
 from handler.clip_audio import ClipAudio, audio_of
 from handler.conditioners.base import WavInput
+from handler.decoder import Decoder, Decoders, DecodingAbandonedError
 from handler.engine.messages import Card, StyleCard
 from handler.errors import RequestError
 from handler.params import Clip
@@ -25,6 +26,7 @@ from tests.unit.test_style_conditioner import built
 
 RATE, FILE_RATE = 32_000, 22_050
 STYLE = StyleCard(RATE, 3.0, True, 6)
+DECODERS = Decoders()
 CARD = Card(RATE, 1, 50.0, 30.0, ("description", "self_wav"), "cpu", "float32", 8, "style", STYLE)
 
 
@@ -45,7 +47,7 @@ def asked(kind: str | None, **fields: Any) -> GenerationRequest:
 
 
 def read(request: GenerationRequest, card: Card = CARD) -> Clip:
-    audio = audio_of(request, card)
+    audio = audio_of(request, card, DECODERS)
     assert audio is not None
     clip = audio.added_to(Clip("pop"))
     waves = [wav for wav in (clip.melody, clip.continuation) if wav is not None]
@@ -61,7 +63,7 @@ def converted(seconds: float, channels: int = 1) -> torch.Tensor:
 
 
 def test_without_audio_there_is_nothing_to_read() -> None:
-    assert audio_of(asked("chroma", prompt="pop"), CARD) is None
+    assert audio_of(asked("chroma", prompt="pop"), CARD, DECODERS) is None
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -115,9 +117,50 @@ def test_of_audio_to_continue_there_is_the_excerpt() -> None:
     assert clip.continuation_sample_rate == RATE
 
 
+@pytest.mark.parametrize(
+    ("fields", "field", "complaint"),
+    [
+        ({"continuation_start": 2.5}, "continuation_start", "at most 2, the audio's length, not 2.5"),
+        ({"continuation_end": 2.5}, "continuation_end", "at most 2, the audio's length, not 2.5"),
+        ({"continuation_start": 1.99}, "continuation_start", "at least 0.02 seconds"),
+        ({"duration": 2}, "duration", "counts the excerpt to continue, 2 seconds"),
+        ({"continuation_start": 0.4, "duration": 1.5}, "duration", "counts the excerpt to continue, 1.6 seconds"),
+    ],
+)
+def test_an_excerpt_that_does_not_fit_its_audio_is_refused(
+    fields: dict[str, float], field: str, complaint: str
+) -> None:
+    with pytest.raises(RequestError, match=complaint) as caught:
+        read(asked(None, continuation=2, **fields))
+    assert caught.value.field == field
+
+
+def test_audio_longer_than_the_window_is_refused_without_decoding_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = []
+    original = Decoder.next_message
+
+    def next_message(decoder: Decoder) -> tuple[bytes, bytes]:
+        messages.append(1)
+        return original(decoder)
+
+    monkeypatch.setattr(Decoder, "next_message", next_message)
+    with pytest.raises(RequestError, match=r"shorter than the model's window of 30 seconds, not 30.* or more"):
+        read(asked(None, continuation=90, duration=100))
+    assert len(messages) < 40  # of about a second each
+
+
+def test_audio_that_nobody_waits_for_any_more_is_not_decoded() -> None:
+    audio = audio_of(asked("chroma", melody=100), CARD, DECODERS)
+    assert audio is not None
+    asked_again = iter([True, False])
+    with pytest.raises(DecodingAbandonedError):
+        audio.added_to(Clip(), lambda: next(asked_again))
+    assert read(asked("chroma", melody=3)).melody is not None
+
+
 def test_what_it_takes_is_known_before_anything_is_decoded() -> None:
     request = asked("style", style=100)
-    audio = ClipAudio(request, CARD)
+    audio = ClipAudio(request, CARD, DECODERS)
     assert request.style is not None
     assert audio.size == len(request.style.data) + 3 * RATE * 4
 
@@ -131,5 +174,5 @@ def test_a_file_that_turns_out_damaged_names_its_field() -> None:
     question = parser.parse({"body": {"melody": data}}, {"content-type": "application/json"})
     assert isinstance(question, ClipQuestion)
     with pytest.raises(RequestError) as caught:
-        ClipAudio(question.request, CARD).added_to(Clip())
+        ClipAudio(question.request, CARD, DECODERS).added_to(Clip())
     assert caught.value.field == "melody"

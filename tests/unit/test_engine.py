@@ -198,7 +198,7 @@ class Recording:
     may_go_on: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
 
-    def added_to(self, clip: Clip) -> Clip:
+    def added_to(self, clip: Clip, wanted: Callable[[], bool]) -> Clip:
         assert self.may_go_on.wait(30)
         if self.error is not None:
             raise self.error

@@ -29,6 +29,7 @@ from ts.service import Service
 
 from handler import streaming
 from handler.clip_audio import ClipAudio
+from handler.decoder import Decoders
 from handler.drain import Drain
 from handler.engine.messages import (
     Audio,
@@ -84,7 +85,7 @@ class WoodenEngine:
             yield Failed(EngineBusyError("64 requests are waiting already", 7))
             return
         try:
-            self.jobs.append(job if audio is None else replace(job, clip=audio.added_to(job.clip)))
+            self.jobs.append(job if audio is None else replace(job, clip=audio.added_to(job.clip, lambda: True)))
         except RequestError as error:
             yield Failed(error)
             return
@@ -100,11 +101,15 @@ class WoodenEngine:
         return Card(32_000, 1, 50.0, 30.0, ("description",), "cpu", "float32", 8, None, self.style)
 
 
+DECODERS = Decoders()
+
+
 def handler_with(*events: Event | BaseException, melody: str | None = None) -> tuple[MusicGenHandler, WoodenEngine]:
     handler = MusicGenHandler()
     engine: Any = WoodenEngine(*events)
     board: Any = SimpleNamespace(cancel=lambda request_id: int(request_id == "running"))
     handler.engine, handler.variant, handler.loaded, handler.board = engine, "small", 1_700_000_000, board
+    handler.decoders = DECODERS
     handler.metrics = Metrics(engine.measured, "small", "17")
     handler.drain = Drain(Path("nowhere"), "small", "1.0")
     handler.parser = RequestParser(Limits(120.0, 600.0, 512, 1_000_000, 600.0, 50.0, 30.0, melody))

@@ -488,19 +488,16 @@ def test_audio_is_an_uploaded_file_or_base64(field: str, parser: RequestParser) 
         parse_json({field: base64_of(data)}, parser),
     ):
         upload = getattr(request, field)
-        assert (upload.data, upload.frames, upload.sample_rate) == (data, 22_050, 22_050)
+        assert (upload.field, upload.data, upload.min_seconds, upload.max_seconds) == (field, data, 0.02, 20)
 
 
 @pytest.mark.parametrize(
     ("fields", "field", "complaint"),
     [
-        ({"continuation_start": 2.5}, "continuation_start", "at most 2, the audio's length, not 2.5"),
-        ({"continuation_end": 2.5}, "continuation_end", "at most 2, the audio's length, not 2.5"),
         ({"continuation_start": 1.0, "continuation_end": 1.0}, "continuation_end", "at least 0.02 seconds"),
         ({"continuation_start": 1.5, "continuation_end": 1.0}, "continuation_end", "at least 0.02 seconds"),
-        ({"continuation_start": 1.99}, "continuation_start", "at least 0.02 seconds"),
-        ({"duration": 2}, "duration", "counts the excerpt"),
-        ({"duration": 1.5}, "duration", "counts the excerpt"),
+        ({"continuation_end": 2, "duration": 2}, "duration", "counts the excerpt"),
+        ({"continuation_end": 2, "duration": 1.5}, "duration", "counts the excerpt"),
     ],
 )
 def test_an_excerpt_that_makes_no_sense_is_refused(fields: dict[str, float], field: str, complaint: str) -> None:
@@ -519,11 +516,8 @@ def test_ends_without_audio_are_refused() -> None:
     [
         ("", "empty"),
         ("not base64!", "not valid base64"),
-        (base64_of(b"no audio at all"), "not a readable"),
-        (base64_of(wav_file(0.0)), "no samples"),
-        (base64_of(wav_file(0.01)), "at least 0.02 seconds"),
-        (base64_of(wav_file(25.0, 8_000)[:-4]), "truncated|at most 200000 bytes"),
-        (base64_of(flac_file(21.0)), "at most 20 seconds"),
+        ("https://example.org/song.mp3", "links are not fetched; send the file"),
+        (base64_of(wav_file(25.0, 8_000)), "at most 200000 bytes"),
         (3, "base64 text or an uploaded file, not 3"),
         (["x"], "not a list"),
     ],
@@ -543,7 +537,7 @@ class File(bytearray):
 
 @pytest.mark.parametrize("fields", [{}, {"duration": b"-1"}])
 def test_what_is_refused_is_not_kept(fields: dict[str, bytes]) -> None:
-    file = File(b"no audio at all, but one day perhaps")
+    file = File(b"https://example.org/no audio at all, but one day perhaps")
     watched = weakref.ref(file)
     assert refusal({"melody": file, **fields}, MULTIPART, MELODY_PARSER).field in ("melody", "duration")
     del file
@@ -622,7 +616,7 @@ def test_an_excerpt_a_frame_shorter_than_the_window_and_the_clip_can_be_continue
     assert parse_json({"continuation": MINUTE, **fields}, LONG_PARSER).continuation is not None
 
 
-@pytest.mark.parametrize(("start", "end"), [(0.0, 30.0), (1.0, 30.99), (None, None)])
+@pytest.mark.parametrize(("start", "end"), [(0.0, 30.0), (1.0, 30.99), (None, 59.0)])
 def test_an_excerpt_as_long_as_the_window_is_refused_before_it_is_decoded(
     start: float | None, end: float | None
 ) -> None:

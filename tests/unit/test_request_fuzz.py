@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from handler.clip_audio import audio_of
+from handler.decoder import Decoders
 from handler.engine.messages import Card, StyleCard
 from handler.errors import RequestError
 from handler.musicgen_handler import params_of
@@ -32,6 +33,7 @@ PARSERS = {
 }
 CARD = Card(32_000, 1, 50.0, 30.0, (), "cpu", "float32", 8, "style", StyleCard(32_000, 3.0, False, 6))
 NAMES = [*GenerationRequest.model_fields, *ALIASES, "input_audio", "model_version", "multi_band_diffusion", "version"]
+DECODERS = Decoders()
 FUZZ = settings(
     max_examples=600, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
@@ -113,7 +115,7 @@ our_paths = st.sampled_from(["v1/audio/speech", "v1/models", "cancel"])
 
 
 def clip_of(question: ClipQuestion) -> Clip:
-    clip, audio = Clip(question.request.prompt), audio_of(question.request, CARD)
+    clip, audio = Clip(question.request.prompt), audio_of(question.request, CARD, DECODERS)
     return clip if audio is None else audio.added_to(clip)
 
 

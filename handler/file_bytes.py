@@ -1,0 +1,98 @@
+"""What FFmpeg does not tell about an audio file's bytes: the tags between its frames, and whether it was cut off."""
+
+from __future__ import annotations
+
+_OPEN_ENDED = 0x7FFF_F000  # a wav's size from here on means "unknown": the writer could not go back
+_TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"3DI")
+
+
+def id3_size(data: bytes, place: int = 0) -> int:
+    """Bytes of the ID3v2 tag at a place in a file; 0: there is none."""
+    head = data[place : place + 10]
+    if len(head) < 10 or head[:3] != b"ID3" or head[3] > 4 or head[5] & 0xF or max(head[6:]) > 127:
+        return 0
+    return 10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]) + 10 * (head[5] >> 4 & 1)
+
+
+def without_tags(data: bytes) -> bytes:
+    """The frames of an mp3 or aac file without the tags between them, where files were joined.
+
+    A tag with a picture has bytes that look like frames.
+    """
+    if len(data) < 2 or data[0] != 0xFF or data[1] < 0xE0:
+        return data
+    pieces, kept, place = [], 0, data.find(b"ID3")
+    while place >= 0:
+        after = place + id3_size(data, place)
+        if after > place and (after >= len(data) or data[after] == 0xFF or data[after : after + 3] in (b"ID3", b"TAG")):
+            title = place - 128 if place >= kept + 128 and data[place - 128 : place - 125] == b"TAG" else place
+            pieces.append(data[kept:title])
+            kept = after
+        place = data.find(b"ID3", max(after, place + 3))
+    return b"".join([*pieces, data[kept:]]) if pieces else data
+
+
+def is_tag(content: bytes) -> bool:
+    return content.startswith(_TAGS) or not content.strip(b"\0")
+
+
+def mp3_frames(head: bytes) -> int | None:
+    """The number of frames that the Xing, Info or VBRI header in the frame before the first with music tells of."""
+    near = head[-2881:]
+    place = max(near.rfind(b"Xing"), near.rfind(b"Info"))
+    if place >= 0 and len(near) >= place + 12 and near[place + 7] & 1:
+        return int.from_bytes(near[place + 8 : place + 12], "big") or None
+    place = near.rfind(b"VBRI")
+    return int.from_bytes(near[place + 14 : place + 18], "big") or None if place >= 0 else None
+
+
+_KILOBITS = {  # of MPEG 1 and of MPEG 2, layer III
+    True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+
+def mp3_frame_size(frame: bytes) -> int:
+    """Bytes of an MPEG layer III frame by its header (ISO 11172-3, 2.4.2.3); 0 where that does not say."""
+    if len(frame) < 4 or frame[0] != 0xFF or frame[1] & 0xE6 != 0xE2:
+        return 0
+    version, bits, rate = frame[1] >> 3 & 3, frame[2] >> 4, frame[2] >> 2 & 3
+    if bits in (0, 15) or rate == 3 or version == 1:
+        return 0
+    first = version == 3
+    sample_rate = (44_100, 48_000, 32_000)[rate] >> (0, 1, 2)[(3, 2, 0).index(version)]
+    return (144 if first else 72) * _KILOBITS[first][bits] * 1000 // sample_rate + (frame[2] >> 1 & 1)
+
+
+def wav_is_cut(data: bytes) -> str | None:
+    """A wav's chunks say how long they are; FFmpeg takes what is there."""
+    long_size, place = None, 12
+    while place + 8 <= len(data):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name == b"ds64":
+            long_size = int.from_bytes(data[place + 16 : place + 24], "little")
+        if name == b"data":
+            size = long_size if size == 0xFFFFFFFF and long_size is not None else size
+            there = len(data) - place - 8
+            return f"its header tells of {size} bytes, {there} are there" if there < size < _OPEN_ENDED else None
+        place += 8 + size + size % 2
+    return None
+
+
+def ogg_is_cut(data: bytes) -> str | None:
+    """An ogg without its end-of-stream flag may be whole; one that ends within a page or a packet is not."""
+    place, pages = data.find(b"OggS"), dict[bytes, int]()
+    continued = False
+    while place >= 0:
+        head = data[place : place + 27]
+        segments = data[place + 27 : place + 27 + head[26]] if len(head) == 27 else b""
+        size = 27 + len(segments) + sum(segments)
+        if len(head) < 27 or len(segments) < head[26] or len(data) < place + size:
+            return "it ends within a page"
+        serial, number = head[14:18], int.from_bytes(head[18:22], "little")
+        if not head[5] & 2 and number != pages.get(serial, number - 1) + 1:
+            return "pages are missing"
+        pages[serial] = number
+        continued = bool(segments) and segments[-1] == 255 and not head[5] & 4
+        place = data.find(b"OggS", place + size)
+    return "it ends within a packet" if continued else None
