@@ -16,6 +16,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
+from handler.cgroup import available_cores
 from handler.engine.messages import (
     Audio,
     Cancel,
@@ -54,7 +55,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries to load th
 _GRACE = 5.0  # seconds the process has to leave by itself when the engine is closed
 
 READERS = 2
-"""Threads that read the audio of jobs."""
+"""Threads that read the audio of jobs, where there are as many cores; each has a decoder, a process of at most 0.6 GB."""
 
 
 class Engine:
@@ -74,7 +75,7 @@ class Engine:
         self._spec = spec
         self._max_queue = max_queue
         self._audio_budget = audio_budget
-        self._readers = ThreadPoolExecutor(READERS, "read")
+        self._readers = ThreadPoolExecutor(min(READERS, available_cores()), "read")
         self._lock = threading.RLock()
         self._keys = itertools.count()
         self._tickets: dict[str, Ticket] = {}
