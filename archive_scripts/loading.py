@@ -63,9 +63,16 @@ def set_workers(server: RunFolder, version: Version, workers: int, seconds: floa
     def get() -> Version:
         return management.version(version.variant, version.version)
 
+    if workers < len(version.workers):
+        # Those that stay may be failed ones, and the log tells of workers that end as of those that fail.
+        deadline = time.monotonic() + seconds
+        while len((now := get()).workers) > workers:
+            if time.monotonic() > deadline:
+                raise CommandError(f"{len(now.workers)} workers were still there after {seconds:g} s")
+            time.sleep(POLL_SECONDS)
+        return now
+
     def error() -> str | None:
-        if workers < len(version.workers):
-            return None  # the log tells of workers that end as of those that fail
         return load_error(server.log(since), f"{version.variant}_{version.version}")
 
     return wait_until_ready(server, get, workers, seconds, error)

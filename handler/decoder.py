@@ -46,7 +46,7 @@ class DecoderLostError(Exception):
 
 
 class DecodingAbandonedError(Exception):
-    """Nobody wants the file's audio any more."""
+    """The file's audio is no longer wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,10 +270,3 @@ class Decoders:
         finally:
             with self._lock:
                 self._idle.append(decoder)
-
-    def close(self) -> None:
-        """End the processes of those not in use."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for decoder in idle:
-            decoder.close()

@@ -1,8 +1,8 @@
 """The program that decodes uploads, one at a time, for `handler.decoder`, which starts it in a process of its own.
 
-It reads untrusted bytes with FFmpeg's C code. So it holds no secret, imports no torch,
-and gives up every right it does not need: it can open no file and no socket, write no file, start no process, and use
-only so much memory and CPU time per file. It ends when its standard input closes.
+It reads untrusted bytes with FFmpeg's C code. So it holds no secret, imports no torch, and gives up every right it does
+not need: it cannot open a file or a socket or start a process, and its memory and CPU time for each file are limited.
+It ends when its standard input closes.
 
 Each command is a line of JSON: `open` (with the file's bytes after it) or `next`. Each is answered by one message:
 a kind, a length, and a payload.
@@ -27,7 +27,19 @@ from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.packet import Packet
 
-from handler.file_bytes import id3_size, is_tag, mp3_frame_size, mp3_frames, ogg_is_cut, wav_is_cut, without_tags
+from handler.file_bytes import (
+    aiff_is_joined,
+    caf_is_joined,
+    id3_size,
+    is_tag,
+    mp3_frame_size,
+    mp3_frames,
+    mp4_is_joined,
+    ogg_is_cut,
+    wav_is_cut,
+    without_flac_tail,
+    without_tags,
+)
 
 MESSAGE = struct.Struct("<cI")
 FORMAT, BLOCK, END, REFUSAL = b"f", b"b", b"e", b"r"
@@ -70,6 +82,14 @@ _LOSSES = re.compile(r"CRC mismatch|ended prematurely|partial file")
 _RAW = frozenset(("mp3", "aac", "flac"))  # one frame after another; what lies between them is a tag, or lost audio
 _SHORT_WAV = b"RIFF.\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x40\x1f\0\0\x80\x3e\0\0\2\0\x10\0data\x0a\0\0\0" + bytes(10)
 _PCM_CONTAINERS = frozenset(("wav", "aiff", "caf", "au"))  # a last packet that is cut says nothing: sizes do
+_CUT = {
+    "wav": wav_is_cut,
+    "ogg": ogg_is_cut,
+    "aiff": aiff_is_joined,
+    "caf": caf_is_joined,
+    "mp4": mp4_is_joined,
+}
+"""Of each container, what tells why a file is not one whole file; FFmpeg does not."""
 _SCALES = {"u1": 2.0**-7, "i2": 2.0**-15, "i4": 2.0**-31}
 
 
@@ -86,7 +106,9 @@ def decode(data: bytes, start: float | None, end: float | None) -> Iterator[tupl
     Raises:
         RefusedError: it is no audio file of the formats read, or it is damaged or cut short.
     """
-    data = without_tags(data[id3_size(data) :])
+    while size := id3_size(data):
+        data = data[size:]
+    data = without_flac_tail(data) if data.startswith(b"fLaC") else without_tags(data)
     with av.logging.Capture() as logs:
         try:
             container = _open(data)
@@ -104,7 +126,7 @@ def _open(data: bytes) -> Any:
     try:
         return av.open(io.BytesIO(data), options=_OPTIONS)
     except av.InvalidDataError:
-        if data[:1] != b"\xff" or data[1] & 0xF6 != 0xF0:
+        if len(data) < 2 or data[0] != 0xFF or data[1] & 0xF6 != 0xF0:
             raise
         return av.open(io.BytesIO(data), format="aac", options=_OPTIONS)  # too short for FFmpeg to be sure
 
@@ -162,7 +184,11 @@ class _Decoding:
                 pending, waiting, reported = [], 0, self.count
         if not self.rate:
             self.damage = self.damage or self.early
-            raise RefusedError("the audio holds no samples" if self.damage is None else self._complaint())
+            raise RefusedError(
+                "the audio holds no samples, or the file is cut off before them"
+                if self.damage is None
+                else self._complaint()
+            )
         self._check_whole()
         if pending:
             yield BLOCK, self._block(pending)
@@ -297,11 +323,15 @@ class _Decoding:
         # Some writers count an mp3's header as a frame.
         if self.whole is not None and found < self.whole - mp3:
             told = self.whole / self.rate * (self.stream.codec_context.frame_size if mp3 else 1)
-            raise RefusedError(f"the file is truncated: its header tells of {told:.4g} seconds, {seconds} are there")
-        cut = {"wav": wav_is_cut, "ogg": ogg_is_cut, "mp3": self._mp3_is_cut}.get(self.kind)
+            unit = "frames" if mp3 else "samples"
+            raise RefusedError(
+                f"the file is truncated: its header tells of {told:.4g} seconds ({self.whole} {unit}), {seconds} "
+                f"({found} {unit}) are there"
+            )
+        cut = {**_CUT, "mp3": self._mp3_is_cut}.get(self.kind)
         reason = cut(self.data) if cut is not None else None
         if reason is not None:
-            raise RefusedError(f"the file is truncated: {reason}; {seconds} of it can be read")
+            raise RefusedError(f"the file is damaged or truncated: {reason}; {seconds} of it can be read")
 
     def _mp3_is_cut(self, data: bytes) -> str | None:
         whole = self.whole is not None and self.packets == self.whole + 1
@@ -338,7 +368,7 @@ def _limit_for_good() -> None:
 
 
 def _limit_for(size: int, cpu_seconds: int, base: int) -> None:
-    """Bound what a file of so many bytes may cost from now on."""
+    """Limit what a file of `size` bytes may cost from now on."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     spent = int(usage.ru_utime + usage.ru_stime) + 1
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)

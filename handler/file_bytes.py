@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_ANOTHER = "another file follows in it; send one of them, or convert them to one file"
+_MOST_JUNK = 4096  # bytes behind a wav's samples that are no chunk, and cannot be many samples
 _OPEN_ENDED = 0x7FFF_F000  # a wav's size from here on means "unknown": the writer could not go back
 _TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"3DI")
 
@@ -65,18 +67,67 @@ def mp3_frame_size(frame: bytes) -> int:
 
 
 def wav_is_cut(data: bytes) -> str | None:
-    """A wav's chunks say how long they are; FFmpeg takes what is there."""
-    long_size, place = None, 12
+    """A wav's chunks say how long they are. FFmpeg takes what is there, and reads no further than the first samples."""
+    long_size, place, samples_end = None, 12, 0
     while place + 8 <= len(data):
         name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        there = len(data) - place - 8
+        is_file = name in (b"RIFF", b"RF64") or name == b"data"
+        if samples_end and (is_file or (size > there + 1 and there > _MOST_JUNK)):
+            return f"{len(data) - samples_end} bytes follow the samples that its header tells of"
         if name == b"ds64":
             long_size = int.from_bytes(data[place + 16 : place + 24], "little")
         if name == b"data":
             size = long_size if size == 0xFFFFFFFF and long_size is not None else size
-            there = len(data) - place - 8
-            return f"its header tells of {size} bytes, {there} are there" if there < size < _OPEN_ENDED else None
+            if there < size:
+                return f"its header tells of {size} bytes, {there} are there" if size < _OPEN_ENDED else None
+            if size == 0:
+                return None  # not known: what follows are the samples
+            samples_end = place + 8 + size
         place += 8 + size + size % 2
     return None
+
+
+def aiff_is_joined(data: bytes) -> str | None:
+    size = int.from_bytes(data[4:8], "big")
+    return _ANOTHER if data[8 + size + size % 2 :][:4] == b"FORM" else None
+
+
+def caf_is_joined(data: bytes) -> str | None:
+    place = 8
+    while place + 12 <= len(data):
+        if data[place : place + 4] == b"caff":
+            return _ANOTHER
+        size = int.from_bytes(data[place + 4 : place + 12], "big", signed=True)
+        if size < 0:
+            return None  # the samples go on to the end
+        place += 12 + size
+    return None
+
+
+def mp4_is_joined(data: bytes) -> str | None:
+    place = 0
+    while place + 8 <= len(data):
+        if place and data[place + 4 : place + 8] == b"ftyp":
+            return _ANOTHER
+        size = int.from_bytes(data[place : place + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[place + 8 : place + 16], "big")
+        if size < 8:
+            return None  # the last box goes on to the end
+        place += size
+    return None
+
+
+def without_flac_tail(data: bytes) -> bytes:
+    """A flac file without the ID3v1 tag or the zeros that some programs put behind it.
+
+    FFmpeg takes them for a part of the last frame. Of a frame itself only a last byte or two can be zero.
+    """
+    if data[-128:-125] == b"TAG":
+        data = data[:-128]
+    kept = data.rstrip(b"\0")
+    return kept if len(data) - len(kept) > 3 else data
 
 
 def ogg_is_cut(data: bytes) -> str | None:

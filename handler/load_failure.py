@@ -18,8 +18,11 @@ FOLDER = "failed"
 
 def record_failure(folder: Path, variant: str, version: str, cause: str) -> None:
     """Leave the cause for this process, if there is a place for it: `serve` makes one."""
+    file = _file(folder, variant, version, os.getpid())
     with suppress(OSError):
-        _file(folder, variant, version, os.getpid()).write_text(cause)
+        unfinished = folder / FOLDER / f".{os.getpid()}"
+        unfinished.write_text(cause)
+        unfinished.replace(file)
 
 
 def forget_failures(folder: Path, variant: str, version: str) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class MusicGenHandler:
             version = str(context.manifest["model"]["modelVersion"])
             record_failure(Path(tempfile.gettempdir()), self.variant, version, cause)
             logger.exception("%s cannot be served: %s", self.variant, cause)
-            self.failure = EngineUnavailableError(f"{cause} (fix this, then scale the model to 0 workers and back)")
+            self.failure = EngineUnavailableError(f"{cause} (fix this, unregister the model and register it again)")
             if isinstance(error, FrontendError):
                 self.failure = EngineUnavailableError(cause)
                 self._leave(version)
@@ -94,7 +95,7 @@ class MusicGenHandler:
         """Have TorchServe end this worker: with these settings its frontend would lose requests and never answer."""
         try:
             stop_workers(self.variant, version)
-        except OSError as error:
+        except (OSError, ValueError, KeyError, HTTPException) as error:
             logger.error("TorchServe could not be told to stop the workers of %s: %s", self.variant, error)
 
     def _load(self, context: Context) -> None:

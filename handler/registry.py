@@ -286,7 +286,13 @@ def _instead(folder: Path) -> str:
     if (folder / TRAINING_FILE).is_file():
         return f" This is a training folder. {export_command(folder)}"
     others = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES)
-    return f" {export_command(others[0])}" if len(others) == 1 and others[0].name not in CHECKPOINT_FILES else ""
+    if len(others) != 1 or others[0].name in CHECKPOINT_FILES:
+        return ""
+    try:
+        read_checkpoint(others[0])
+    except CheckpointError as error:
+        return f" {error}"  # it names the command for this kind of file
+    return f" {export_command(others[0])}"
 
 
 def _checkpoint_folder_of(file: Path) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from handler.errors import RequestError
+from handler.request import shown
 
 AUDIO = "input_audio"
 BOOLEANS = ("multi_band_diffusion", "continuation")
@@ -33,7 +34,10 @@ def replicate_fields(body: Mapping[str, Any], condition: str | None) -> tuple[di
             inside `input` and beside it, or `multi_band_diffusion`.
     """
     fields = _unwrapped(body)
-    if fields.get("multi_band_diffusion"):
+    diffusion = fields.get("multi_band_diffusion", False)
+    if not isinstance(diffusion, bool | None):
+        raise RequestError("multi_band_diffusion", f"must be true or false, not {shown(diffusion)}")
+    if diffusion:
         raise RequestError(
             "multi_band_diffusion", "is not available: EnCodec decodes the audio; leave it out, or give false"
         )
@@ -64,7 +68,7 @@ def _unwrapped(body: Mapping[str, Any]) -> dict[str, Any]:
     inner = body.get("input")
     if not isinstance(inner, Mapping):
         return dict(body)
-    outer = {name: value for name, value in body.items() if name != "input"}
+    outer = {name: value for name, value in body.items() if name != "input" and value is not None}
     if twice := outer.keys() & inner.keys():
         raise RequestError(str(min(twice))[:40], "is given more than once: inside `input` and beside it")
     return {**outer, **inner}

@@ -84,7 +84,8 @@ class RequestParser:
             fields, ignored = speech_fields(self._fields_of_body(row, headers) or {})
             return ClipQuestion(self._request({}, fields), openai=True, ignored=ignored)
         of_path = _fields_of_path(path)
-        of_body = self._fields_of_body(row, headers)
+        # Some clients send a content type with a GET, and no body.
+        of_body = self._fields_of_body(row, headers) if of_path is None or any(row.values()) else None
         if of_path is None and of_body is None:
             return DescriptionQuestion()
         condition = CONDITION_FIELDS[self.limits.melody][0] if self.limits.melody else None
@@ -134,9 +135,12 @@ class RequestParser:
         if is_form(headers) or (fields and not row.get(BODY)):
             return fields
         of_body = self._read_body(row.get(BODY), headers)
-        if twice := fields.keys() & (of_body or {}).keys():
+        if of_body is None or not fields:
+            return of_body
+        given = {name: value for name, value in of_body.items() if value is not None}
+        if twice := fields.keys() & given.keys():
             raise RequestError(min(twice)[:40], "is given more than once, in the address and in the body")
-        return of_body if of_body is None else {**fields, **of_body}
+        return {**fields, **given}
 
     def _read_body(self, body: Any, headers: Mapping[str, str]) -> Mapping[str, Any] | None:
         media_type = _media_type(headers)

@@ -25,7 +25,8 @@ MAX_LEVEL = 100.0  # full scale is 1
 # Decoding the longest file allowed takes as much work at most as if it were this.
 COMMON_SAMPLE_RATE, COMMON_CHANNELS = 48_000, 2
 
-_LINK = re.compile(rb"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_LINK = re.compile(rb"[\s\"'<]*(?:(?:blob:)?[a-z][a-z0-9+.-]*://|blob:|//[\w-]+\.|www\.)", re.IGNORECASE)
+_FILE_NAME = re.compile(rb"@?[^\0-\x1f]{0,200}\.[A-Za-z0-9]{2,5}")
 _DATA_URL = re.compile(rb"\s*data:", re.IGNORECASE)
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
@@ -56,7 +57,7 @@ class Sound:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An audio file nobody has looked into yet; `open_upload` makes one.
+    """An audio file that has not been looked into yet; `open_upload` makes one.
 
     Attributes:
         field: the request field it came in, for error messages.
@@ -172,10 +173,13 @@ def _file_of(value: str | bytes | bytearray, field: str, max_bytes: int) -> byte
     # base64 takes 4 bytes for 3, may be broken into lines, and percent signs take more
     if len(value) > 2 * max_bytes:
         raise RequestError(field, f"the audio must be at most {max_bytes} bytes")
-    if value.isascii() and _LINK.match(value[:80].encode() if isinstance(value, str) else value[:80]):
+    head = value[:256].encode(errors="replace") if isinstance(value, str) else bytes(value[:256])
+    if _LINK.match(head):
         raise RequestError(
             field, f"links are not fetched; send the file: upload it (-F {field}=@song.mp3) or give its base64"
         )
+    if len(value) <= 205 and _FILE_NAME.fullmatch(head):
+        raise RequestError(field, f"is a file's name; send the file itself: upload it (-F {field}=@song.mp3)")
     data = _from_base64(value)
     if data is None and isinstance(value, str):
         raise RequestError(

@@ -55,7 +55,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries to load th
 _GRACE = 5.0  # seconds the process has to leave by itself when the engine is closed
 
 READERS = 2
-"""Threads that read the audio of jobs, where there are as many cores; each has a decoder, a process of at most 0.6 GB."""
+"""Threads that read the audio of jobs, at most one a core; each has a decoder, a process of at most 0.6 GB."""
 
 
 class Engine:

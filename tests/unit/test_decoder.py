@@ -72,9 +72,10 @@ def test_a_file_that_takes_all_time_is_refused(decoder: Decoder, monkeypatch: py
 
 
 def test_a_file_that_hangs_is_refused(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_module, "_WALL_FACTOR", 0.05)
-    with pytest.raises(FileRefusedError, match="takes too long"):
-        length(decoder, b"sleep")
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder_module, "_WALL_FACTOR", 0.05)
+        with pytest.raises(FileRefusedError, match="takes too long"):
+            length(decoder, b"sleep")
     assert length(decoder) == 32_000
 
 
@@ -161,7 +162,8 @@ def test_there_are_no_more_decoders_than_files_at_once() -> None:
         assert first is not second
         assert length(first) == length(second) == 32_000
         pids = {first.pid, second.pid}
-    with decoders.one() as again:
-        assert again.pid in pids
-    decoders.close()
+    with decoders.one() as again, decoders.one() as other:
+        assert {again.pid, other.pid} == pids
+        again.close()
+        other.close()
     assert not any(psutil.pid_exists(pid) for pid in pids if pid is not None)

@@ -262,7 +262,7 @@ def test_audio_is_converted_while_it_is_read() -> None:
         ("", "empty"),
         ("data:audio/wav;base64", "empty"),
         ("not base64!", "not valid base64"),
-        ("@song.mp3", "use -F melody=@song.mp3"),
+        ("@song.mp3", "upload it .-F melody=@song.mp3"),
         ("🎵", "not valid base64"),
         ("AAAAA", "not valid base64"),
         ("A" * 2_000_004, "at most 1000000 bytes"),
@@ -332,6 +332,62 @@ def test_what_is_no_audio_is_refused(data: bytes) -> None:
 )
 def test_a_file_that_cannot_be_taken_is_refused(data: bytes, complaint: str) -> None:
     assert re.search(complaint, refusal(data))
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [wav(bytes(8_000)), b"data" + (8_000).to_bytes(4, "little") + bytes(8_000), bytes(range(1, 256)) * 40],
+    ids=["another file", "another data chunk", "bytes that are no chunk"],
+)
+def test_audio_behind_a_wavs_samples_is_not_dropped(behind: bytes) -> None:
+    complaint = refusal(wav(bytes(32_000)) + behind)
+    assert re.search(r"\d+ bytes follow the samples that its header tells of; [\d.]+ seconds of it can", complaint)
+
+
+@pytest.mark.parametrize(
+    "behind", [b"LIST\4\0\0\0abcd", bytes(5000), b"x" * 100], ids=["a chunk", "zeros", "a little junk"]
+)
+def test_what_other_programs_put_behind_a_wavs_samples_is_no_audio(behind: bytes) -> None:
+    assert read(wav(bytes(32_000)) + behind).seconds == 1
+
+
+@pytest.mark.parametrize("name", ["logic.aiff", "apple.caf", "phone_aac.m4a", "phone_alac.m4a"])
+def test_a_second_file_behind_the_first_is_not_dropped(name: str) -> None:
+    data = (CASES / name).read_bytes()
+    assert "another file follows in it" in refusal(data + data)
+
+
+@pytest.mark.parametrize("tail", [b"TAG" + bytes(125), bytes(500), bytes(10)], ids=["a tag", "zeros", "ten zeros"])
+def test_what_other_programs_put_behind_a_flac_is_no_audio(tail: bytes) -> None:
+    data = (CASES / "flac_without_length.flac").read_bytes()
+    assert read(data + tail).seconds == read(data).seconds
+
+
+def test_a_joined_mp3_may_have_several_tags_with_pictures() -> None:
+    tag = b"ID3\3\0\0\0\0\0\x0a" + b"x" * 10
+    picture = b"ID3\3\0\0\0\0\x0f\x50" + b"\xff\xfb\x90\x64" * 500
+    mp3 = (CASES / "cbr_without_info.mp3").read_bytes()
+    assert read(tag + picture + mp3 + picture + mp3).seconds == pytest.approx(2 * read(mp3).seconds, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "https://example.org/é.mp3",
+        "blob:https://example.org/5",
+        "//cdn.example.org/song.mp3",
+        "www.example.org/song.mp3",
+        '"http://example.org/song.mp3"',
+        "<s3://bucket/song.wav>",
+    ],
+)
+def test_any_kind_of_link_is_told_to_be_one(link: str) -> None:
+    assert "links are not fetched; send the file" in refusal(link)
+
+
+@pytest.mark.parametrize("name", ["song.mp3", "@song.mp3", "my songs/é.flac"])
+def test_a_files_name_is_told_to_be_no_file(name: str) -> None:
+    assert "is a file's name; send the file itself" in refusal(name)
 
 
 def test_a_codec_that_is_not_listed_is_not_decoded() -> None:
@@ -419,7 +475,7 @@ def test_a_cut_file_s_message_says_how_much_can_be_read() -> None:
     ):
         data = SECOND[name]
         message = refusal(data[: len(data) // 2 + 3])
-        seconds = re.search(r"([\d.]+) seconds (of it can be read|can be read|are there)", message)
+        seconds = re.search(r"([\d.]+) seconds (of it can be read|can be read|\(\d+ \w+\) are there)", message)
         assert seconds is not None, message
         assert 0.3 < float(seconds[1]) < 0.6, message
 
