@@ -262,7 +262,6 @@ def with_garbage() -> bytes:
 
 
 HOSTILE: dict[str, Callable[[], bytes]] = {
-    "empty": lambda: b"",
     "html": lambda: b"<!doctype html><title>404</title>",
     "zip": lambda: b"PK\x03\x04\x14\x00\x00\x00\x08\x00" + bytes(4_000),
     "zeros": lambda: bytes(MEBIBYTE),

@@ -48,7 +48,8 @@ def main():
     from handler.params import Clip, GenerationParams
     from musicgen_handler import MusicGenHandler, whole_clip
 
-    context = Context("small", sys.argv[1], {"model": {"modelVersion": "1.0"}}, 1, None, "1", model_yaml_config={})
+    config = {"asyncCommunication": True}
+    context = Context("small", sys.argv[1], {"model": {"modelVersion": "1.0"}}, 1, None, "1", model_yaml_config=config)
     context.metrics = SimpleNamespace(get_metric=lambda *_: SimpleNamespace(add_or_update=lambda *_: None))
     handler = MusicGenHandler()
     handler.initialize(context)
