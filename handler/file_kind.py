@@ -92,7 +92,7 @@ def file_kind(path: Path) -> FileKind:
         return FileKind(
             Kind.OTHER,
             "a plain Python pickle",
-            "It could run code of whoever made it, so it is refused; save tensors with torch.save, or get the file "
+            "Loading it could run its author's code, so it is refused; save tensors with torch.save, or get the file "
             "from its publisher again.",
         )
     if not any(head):

@@ -16,7 +16,7 @@ def excerpt_of(wav: Tensor, samples: int, use_middle: bool, seed: int) -> Tensor
 
 
 def excerpt_place(length: int, samples: int, use_middle: bool, seed: int) -> int | None:
-    """Where the excerpt of a waveform of so many samples begins; None: the waveform is shorter than it."""
+    """Where the excerpt of a waveform of `length` samples begins; None: the waveform is shorter than it."""
     latest = length - samples
     if latest < 0:
         return None

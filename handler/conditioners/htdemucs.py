@@ -161,7 +161,7 @@ def _read_pickled(source: Path) -> Description:
     except ForeignClassError as error:
         raise CheckpointError(
             f"{source} holds {error.name}, and a model of demucs may hold only its own class, tensors and "
-            "plain values. Loading it could run code of whoever made it, so it is refused; "
+            "plain values. Loading it could run its author's code, so it is refused; "
             f"`archive_scripts fetch` converts the published file. {_PUBLISHED}"
         ) from error
     except CheckpointError as error:

@@ -7,6 +7,7 @@ import io
 import random
 import re
 from typing import Any
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -416,20 +417,14 @@ def test_a_file_longer_than_the_bound_is_refused(name: str) -> None:
 
 
 def test_a_file_beyond_the_bound_is_decoded_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    messages = []
-    original = Decoder.next_message
-
-    def next_message(decoder: Decoder) -> tuple[bytes, bytes]:
-        messages.append(1)
-        return original(decoder)
-
-    monkeypatch.setattr(Decoder, "next_message", next_message)
+    blocks = Mock(side_effect=Decoder.next_message)
+    monkeypatch.setattr(Decoder, "next_message", lambda decoder: blocks(decoder))
     for name in ("flac", "mp3 without", "opus"):
         rate = 8_000 if name != "opus" else 48_000
         long = encode(KINDS[name], np.zeros((1, 900 * rate), np.float32), rate)
-        messages.clear()
+        blocks.reset_mock()
         assert "at most 10 seconds long" in refusal(long)
-        assert len(messages) < 15
+        assert blocks.call_count < 15
 
 
 def test_many_channels_at_a_high_rate_count_for_more() -> None:
