@@ -132,7 +132,7 @@ def test_two_workers_share_the_load_and_a_cancel_finds_either(server: Server) ->
     assert server.post("narrow", **SHORT).content == replies[0].content
 
 
-@pytest.mark.faults
+@pytest.mark.load
 def test_sixteen_requests_in_flight_at_a_crash_are_retried_together(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,7 +152,7 @@ def test_sixteen_requests_in_flight_at_a_crash_are_retried_together(
         print(f"\n16 clips of 8 s: {one_by_one:.1f} s one by one, {together:.1f} s retried together after a crash")
 
 
-@pytest.mark.faults
+@pytest.mark.load
 def test_of_sixteen_requests_the_two_that_crash_the_engine_fail_alone(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,7 @@ def operate(server: Server, *arguments: str) -> None:
     assert main([*arguments, "--port", str(server.torchserve.running.port)]) == 0
 
 
+@pytest.mark.load
 def test_a_version_replaces_another_under_load_and_a_worker_goes_without_one_failed_request(
     server: Server, songs: list[Path]
 ) -> None:

@@ -200,6 +200,7 @@ def test_a_request_that_one_server_is_too_full_for_is_made_by_the_other(site: Si
         assert sorted(filler.result().status for filler in fill) == [503] + [504] * (RUNNING + WAITING)
 
 
+@pytest.mark.load
 def test_when_a_server_is_killed_under_load_no_request_fails_and_its_streams_end_short(site: Site) -> None:
     assert canary(site, "one") == (0, "every model makes music\n")
     streams: list[dict[str, Any]] = [

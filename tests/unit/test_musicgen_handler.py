@@ -539,5 +539,5 @@ def test_who_asks_a_model_that_cannot_be_loaded_is_told_the_cause(
             error = json.loads(message.body)["error"]
             assert (error["code"], error["type"]) == (503, "unavailable")
             assert cause in error["message"]
-            assert "scale the model" in error["message"] or stopped
+            assert "register it again" in error["message"] or stopped
             assert "Traceback" not in error["message"]
