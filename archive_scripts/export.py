@@ -126,8 +126,11 @@ def _check_conditioners(source: str, state: Mapping[str, Tensor], expected: Mapp
     theirs, ours = shapes(expected), shapes(state)
     for name in theirs.keys() | ours.keys():
         if theirs.get(name) != ours.get(name):
+            if name not in ours:
+                raise CheckpointError(f"{source} lacks {name!r}, which the base has: the file is incomplete.")
             raise CheckpointError(
-                f"{source}: {name!r} has the shape {ours.get(name)}, and that of the base is {theirs.get(name)}."
+                f"{source}: {name!r} has the shape {ours[name]}, and that of the base is "
+                f"{theirs.get(name, 'none: it has no such parameter')}."
             )
 
 

@@ -129,6 +129,8 @@ class Decoder:
         self._wanted = wanted
         for attempt in range(2):
             self._until = time.monotonic() + _WALL_FACTOR * cpu_seconds
+            if self._process is not None and self._process.poll() is not None:
+                self.close()  # it died while it was idle
             if self._process is None:
                 self._start()
             try:

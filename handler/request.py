@@ -35,6 +35,7 @@ ALIASES = {
 
 DEFAULT_DURATION = 8.0
 MAX_SEED = 2**63 - 1
+MINUS_ONE = -1  # for a random seed, and for the end of the audio, as Replicate's clients have it
 DRAWN_SEEDS = 2**53  # JavaScript's numbers keep every whole number below it
 MAX_CHARACTERS_PER_TOKEN = 32  # of a prompt; no word piece of T5's is longer
 
@@ -93,7 +94,7 @@ def _end_of_audio(value: Any) -> Any:
 
 
 def _is_minus_one(value: Any) -> bool:
-    return isinstance(value, int | float) and value == -1
+    return isinstance(value, int | float) and value == MINUS_ONE
 
 
 AudioField = Annotated[
@@ -129,9 +130,13 @@ class GenerationRequest(BaseModel):
     window and `duration`."""
     continuation_start: float | None = Field(default=None, ge=0)
     """Where the excerpt to continue begins in that audio, in seconds; null: at its beginning."""
-    continuation_end: Annotated[float | None, BeforeValidator(_end_of_audio)] = Field(default=None, gt=0)
+    continuation_end: Annotated[float | None, BeforeValidator(_end_of_audio)] = Field(
+        default=None, gt=0, json_schema_extra={"also": MINUS_ONE}
+    )
     """Where the excerpt to continue ends in that audio, in seconds; null or -1: at its end."""
-    seed: Annotated[int, BeforeValidator(_draw_seed)] = Field(default_factory=_draw_seed, ge=0, le=MAX_SEED)
+    seed: Annotated[int, BeforeValidator(_draw_seed)] = Field(
+        default_factory=_draw_seed, ge=0, le=MAX_SEED, json_schema_extra={"also": MINUS_ONE}
+    )
     """Decides every draw; absent: one below 2^53 is drawn and reported, or computed from the address for a GET; -1:
     one is drawn."""
     timeout: float = 600.0

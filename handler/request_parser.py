@@ -307,6 +307,8 @@ def _flat(schema: dict[str, Any]) -> dict[str, Any]:
     flat = {key: value for key, value in schema.items() if key not in ("title", "anyOf") and value is not None}
     for choice in schema.get("anyOf", []):
         flat |= {"nullable": True} if choice == {"type": "null"} else choice
+    if "description" in flat:
+        flat["description"] = " ".join(flat["description"].split())  # a docstring has line breaks
     return flat
 
 
@@ -321,4 +323,5 @@ def _bounds(schema: Mapping[str, Any]) -> str:
             return f"a text of at most {schema['maxLength']} characters"
     noun = "a whole number" if schema["type"] == "integer" else "a number"
     words = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
-    return " ".join([noun, *(f"{word} {schema[key]}" for key, word in words.items() if key in schema)])
+    bounds = " ".join([noun, *(f"{word} {schema[key]}" for key, word in words.items() if key in schema)])
+    return f"{bounds}, or {schema['also']}" if "also" in schema else bounds

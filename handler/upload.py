@@ -28,7 +28,8 @@ COMMON_SAMPLE_RATE, COMMON_CHANNELS = 48_000, 2
 _LINK = re.compile(rb"[\s\"'<]*(?:(?:blob:)?[a-z][a-z0-9+.-]*://|blob:|//[\w-]+\.|www\.)", re.IGNORECASE)
 _FILE_NAME = re.compile(rb"@?[^\0-\x1f]{0,200}\.[A-Za-z0-9]{2,5}")
 _DATA_URL = re.compile(rb"\s*data:", re.IGNORECASE)
-_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_LINE_BREAK = re.compile(rb"[ \t]*[\r\n]+[ \t]*|\t+")
+_URL_SAFE = bytes.maketrans(b"-_ ", b"+/+")  # a form that is not encoded turns each + into a space
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,7 @@ def _from_base64(value: str | bytes | bytearray) -> bytes | None:
     text = value.encode() if isinstance(value, str) else bytes(value)
     if _DATA_URL.match(text):
         text = unquote_to_bytes(text.partition(b",")[2])
-    text = re.sub(rb"[\r\n\t ]", b"", text).rstrip(b"=").translate(_URL_SAFE)
+    text = _LINE_BREAK.sub(b"", text.strip()).rstrip(b"=").translate(_URL_SAFE)
     try:
         return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except binascii.Error:

@@ -156,6 +156,17 @@ def test_the_decoder_leaves_when_its_worker_is_killed() -> None:
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGABRT, signal.SIGXCPU, signal.SIGKILL])
+def test_a_decoder_that_dies_while_it_is_idle_costs_no_file(decoder: Decoder, how: signal.Signals) -> None:
+    assert length(decoder) == 32_000
+    assert decoder.pid is not None
+    process = psutil.Process(decoder.pid)
+    process.send_signal(how)
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert length(decoder) == 32_000
+
+
 def test_there_are_no_more_decoders_than_files_at_once() -> None:
     decoders = Decoders()
     with decoders.one() as first, decoders.one() as second:

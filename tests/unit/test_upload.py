@@ -244,6 +244,15 @@ def test_base64_and_data_urls_are_the_file() -> None:
         assert opened(value).data == data
 
 
+def test_base64_in_a_form_that_is_not_encoded_is_the_same_file() -> None:
+    text = base64.b64encode(wav(bytes(range(256)) * 100)).decode()
+    assert "+" in text
+    expected = opened(text).data
+    lines = "\n ".join(text[first : first + 76] for first in range(0, len(text), 76))
+    for form in (text.replace("+", " "), lines, f"data:audio/wav;base64,{text.replace('+', ' ')}", f" {text}\n"):
+        assert opened(form).data == expected
+
+
 def test_silence_is_audio_like_any_other() -> None:
     assert not read(encode(KINDS["flac"], np.zeros((1, 32_000), np.float32), 32_000)).wav().any()
 
