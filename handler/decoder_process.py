@@ -37,6 +37,7 @@ from handler.file_bytes import (
     mp4_is_joined,
     ogg_is_cut,
     wav_is_cut,
+    with_sizes,
     without_flac_tail,
     without_tags,
 )
@@ -108,7 +109,7 @@ def decode(data: bytes, start: float | None, end: float | None) -> Iterator[tupl
     """
     while size := id3_size(data):
         data = data[size:]
-    data = without_flac_tail(data) if data.startswith(b"fLaC") else without_tags(data)
+    data = without_flac_tail(data) if data.startswith(b"fLaC") else with_sizes(without_tags(data))
     with av.logging.Capture() as logs:
         try:
             container = _open(data)

@@ -88,6 +88,35 @@ def wav_is_cut(data: bytes) -> str | None:
     return None
 
 
+def with_sizes(data: bytes) -> bytes:
+    """An aiff or RF64 file with the sizes that its writer left at 0, since it could not go back; others as they are."""
+    if data[:4] == b"FORM" and data[8:12] in (b"AIFF", b"AIFC"):
+        return _with_aiff_sizes(bytearray(data))
+    if data[:4] == b"RF64" and data[12:16] == b"ds64" and not any(data[28:36]):
+        place = data.find(b"data", 16)
+        size = len(data) - place - 8
+        return data[:28] + size.to_bytes(8, "little") + data[36:] if place > 0 and size > 0 else data
+    return data
+
+
+def _with_aiff_sizes(data: bytearray) -> bytes:
+    place, common = 12, 0
+    while place + 8 <= len(data):
+        name, size = bytes(data[place : place + 4]), int.from_bytes(data[place + 4 : place + 8], "big")
+        if name == b"COMM":
+            common = place + 8
+            size = size or (18 if data[8:12] == b"AIFF" else 24)
+        if name == b"SSND" and size == 0 and common:
+            size = len(data) - place - 8
+            channels, sample_bytes = int.from_bytes(data[common : common + 2], "big"), (data[common + 7] + 7) // 8
+            frame = channels * sample_bytes
+            data[place + 4 : place + 8] = size.to_bytes(4, "big")
+            data[common + 2 : common + 6] = max(0, (size - 8) // frame if frame else 0).to_bytes(4, "big")
+            data[4:8] = (len(data) - 8).to_bytes(4, "big")
+        place += 8 + size + size % 2
+    return bytes(data)
+
+
 def aiff_is_joined(data: bytes) -> str | None:
     size = int.from_bytes(data[4:8], "big")
     return _ANOTHER if data[8 + size + size % 2 :][:4] == b"FORM" else None

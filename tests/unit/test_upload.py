@@ -6,7 +6,7 @@ import base64
 import io
 import random
 import re
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 
 import av
@@ -162,6 +162,38 @@ def test_a_wav_whose_writer_could_not_go_back_is_read_to_its_end(size: int) -> N
     data = (PCM * 2**15).astype("<i2").tobytes()
     for riff_size in (0, 0xFFFFFFFF, None):
         assert read(wav(data, size, riff_size=riff_size)).length == 16_000
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "options"),
+    [
+        ("aiff", "pcm_s16be", {}),
+        ("aiff", "pcm_s24be", {}),
+        ("aiff", "pcm_s16le", {}),
+        ("aiff", "pcm_f32be", {}),
+        ("wav", "pcm_s16le", {"rf64": "always"}),
+        ("au", "pcm_s16be", {}),
+    ],
+)
+@pytest.mark.parametrize("layout", ["mono", "stereo"])
+def test_a_file_that_was_written_to_a_pipe_is_read_to_its_end(
+    container: str, codec: str, options: dict[str, str], layout: str
+) -> None:
+    class Pipe:
+        data = b""
+
+        def write(self, data: bytes) -> int:
+            self.data += data
+            return len(data)
+
+    pipe, samples = Pipe(), np.zeros((1, 16_000 * (1 if layout == "mono" else 2)), np.int16)
+    with av.open(pipe, "w", format=container, options=options) as file:
+        stream = cast(av.AudioStream, file.add_stream(codec, rate=16_000, layout=layout))
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout=layout)
+        frame.sample_rate = 16_000
+        for part in av.AudioResampler(format=stream.format.name).resample(frame):
+            file.mux(stream.encode(part))
+    assert read(pipe.data).seconds == 1
 
 
 def test_a_caf_whose_writer_could_not_go_back_is_read_to_its_end() -> None:
