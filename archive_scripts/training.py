@@ -221,7 +221,7 @@ def _unpacked(file: Path, path: Path, layers: int = 0) -> Iterator[Path]:
 
 
 def _take_out(file: Path, target: Path, path: Path) -> None:
-    """Copies the one checkpoint in a tar archive, or what is compressed; no name in an archive becomes a path."""
+    """Copies the one checkpoint out of a tar archive or a compressed file; no name in an archive becomes a path."""
     if not tarfile.is_tarfile(file):
         with _decompressed(file) as source, target.open("wb") as writer:
             require_space(target.parent, file.stat().st_size)

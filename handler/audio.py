@@ -68,7 +68,7 @@ class AudioConverter:
         self._channels = to_channels
         self._block = BLOCK_SECONDS * from_rate
         divisor = math.gcd(from_rate, to_rate)
-        self._old, self._new = from_rate // divisor, to_rate // divisor  # so many samples become so many
+        self._old, self._new = from_rate // divisor, to_rate // divisor  # old input samples become new output samples
         self._pending: list[Tensor] = []  # from the margin of the next block on
         self._pending_from = self._first = self._given = self._margin = 0
         self._resample: julius.ResampleFrac | None = None

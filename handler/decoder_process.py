@@ -1,4 +1,4 @@
-"""The program that decodes uploads, one at a time, for `handler.decoder`, which starts it in a process of its own.
+"""The program that decodes uploads, one at a time, for `handler.decoder`, which starts it as a separate process.
 
 It reads untrusted bytes with FFmpeg's C code. So it holds no secret, imports no torch, and gives up every right it does
 not need: it cannot open a file or a socket or start a process, and its memory and CPU time for each file are limited.
@@ -304,7 +304,7 @@ class _Decoding:
         return None
 
     def _check_whole(self) -> None:
-        """See that what was decoded is all there was.
+        """Check that the whole file was decoded.
 
         Raises:
             RefusedError: it is not.

@@ -103,7 +103,7 @@ def file_kind(path: Path) -> FileKind:
 
 
 def wrong_kind(path: Path, wanted: str, found: FileKind | None = None) -> str:
-    """The message that a file is not what was wanted: what it is and what to do."""
+    """The message for a file of the wrong kind: what it is and what to do."""
     found = found or file_kind(path)
     return f"{path} cannot be read: it is {found.what}, not {wanted}. {found.advice}"
 
