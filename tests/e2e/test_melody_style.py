@@ -16,6 +16,8 @@ import requests
 import soundfile
 
 from archive_scripts.pack import pack
+from handler.decoder import PROGRAM
+from handler.engine.engine import READERS
 from tests.audio_files import CASES
 from tests.e2e.conftest import GOLDENS, Server, run_server
 from tests.e2e.mixture import mixture
@@ -323,10 +325,17 @@ def test_audio_larger_than_the_bound_is_refused(wav_server: Server) -> None:
 
 @pytest.mark.faults
 def test_hostile_audio_leaves_the_worker_s_memory_as_it_was(wav_server: Server) -> None:
-    def worker_bytes() -> int:
+    def sizes() -> tuple[int, list[int]]:
+        """Bytes of the worker with its engine, and of each decoder: they start when as many files come at once."""
         [status] = requests.get(f"{wav_server.management}/models/melody", timeout=TIMEOUT).json()
         worker = psutil.Process(status["workers"][0]["pid"])
-        return sum(process.memory_info().rss for process in [worker, *worker.children(recursive=True)])
+        rest, decoders = 0, []
+        for process in [worker, *worker.children(recursive=True)]:
+            if PROGRAM in process.cmdline():
+                decoders.append(process.memory_info().rss)
+            else:
+                rest += process.memory_info().rss
+        return rest, decoders
 
     files = [make() for make in HOSTILE.values()]
     with ThreadPoolExecutor(4) as pool:
@@ -336,6 +345,9 @@ def test_hostile_audio_leaves_the_worker_s_memory_as_it_was(wav_server: Server) 
             return {r.status_code for r in pool.map(lambda data: upload(wav_server, "melody", {}, melody=data), chosen)}
 
         assert send(63) == {400}  # what is set up once is set up
-        before = worker_bytes()
+        before, _ = sizes()
         assert send(63) == {400}
-        assert worker_bytes() - before < 16 * MEBIBYTE
+        after, decoders = sizes()
+        assert after - before < 16 * MEBIBYTE
+        assert len(decoders) <= READERS
+        assert all(size < 160 * MEBIBYTE for size in decoders)
