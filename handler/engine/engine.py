@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
 from handler.cgroup import available_cores
+from handler.engine.memory import give_memory_back
 from handler.engine.messages import (
     Audio,
     Cancel,
@@ -215,6 +216,8 @@ class Engine:
             # The frames it has come through hold what was decoded.
             error.__cause__ = error.__context__ = None
             ticket.post(Failed(error.with_traceback(None)))
+        del audio
+        give_memory_back()
 
     def _complete(self, key: str, ticket: Ticket, clip: Clip) -> None:
         """Submits a job that has its whole clip now, if it has not been given up."""

@@ -6,13 +6,11 @@ it. It leaves by itself when the pipe closes: TorchServe ends workers by SIGKILL
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import logging
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -23,6 +21,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, NoReturn
 
 from handler.cgroup import available_cores
+from handler.engine.memory import give_memory_back
 from handler.engine.messages import (
     Cancel,
     Card,
@@ -121,8 +120,7 @@ def _next(commands: queue.SimpleQueue[Command]) -> Command:
     try:
         return commands.get(timeout=QUIET_SECONDS)
     except queue.Empty:
-        if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-            trim(0)
+        give_memory_back()
     return commands.get()
 
 
